@@ -1,0 +1,231 @@
+"""The typed config tree: YAML, overridden by ``key=value`` words, validated once.
+
+Every field says what it means and its unit. An unknown key is an error that names the
+nearest known one; nothing is silently ignored.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cnsdiff_dist.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Data(Section):
+    url: str = Field("", description="prepared dataset directory, any fsspec URL")
+    streams: int = Field(8, ge=1, description="canonical streams; every world size must divide it")
+    block_rows: int = Field(65_536, ge=1, description="rows of a stream that are shuffled together")
+    prefetch_blocks: int = Field(2, ge=1, description="blocks read ahead of the step")
+
+
+class Run(Section):
+    dir: str = Field("", description="run directory, any fsspec URL; default runs/CONFIG-NAME")
+    seed: int = Field(0, ge=0)
+    timeout_seconds: int = Field(600, ge=1, description="a collective that waits longer fails")
+
+
+class Model(Section):
+    dim: int = Field(64, ge=4, multiple_of=4, description="embedding dimension D")
+    layers: int = Field(2, ge=0, description="LightGCN layers L; 0 is matrix factorisation")
+
+
+class Tables(Section):
+    sharding: Literal["row_wise", "table_wise", "column_wise"] = "row_wise"
+    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    lr: float = Field(0.01, gt=0)
+    eps: float = Field(1e-8, gt=0)
+    init_std: float = Field(0.01, gt=0, description="standard deviation of the initial rows")
+
+
+class Negatives(Section):
+    kind: Literal["uniform", "cnsdiff"] = "cnsdiff"
+    mix_start: tuple[float, float] = Field((1.0, 9.0), description="Beta(a, b) of lambda at first")
+    mix_end: tuple[float, float] = Field((9.0, 1.0), description="Beta(a, b) of lambda at last")
+
+    @model_validator(mode="after")
+    def _beta_is_positive(self) -> Self:
+        if min(*self.mix_start, *self.mix_end) <= 0:
+            raise ValueError("mix_start and mix_end are the parameters of a Beta: both above 0")
+        return self
+
+
+class Generator(Section):
+    steps: int = Field(20, ge=2, description="T, the number of diffusion steps")
+    schedule: Literal["cosine", "linear", "linear-var"] = "cosine"
+    levels: tuple[int, ...] = Field((10, 14, 18), description="noise levels of the candidates")
+    condition: tuple[Literal["user", "environment"], ...] = ("user", "environment")
+    hidden: int = Field(128, ge=1, description="width of the denoiser")
+    lr: float = Field(0.001, gt=0, description="Adam's learning rate")
+    snr_clip: float = Field(5.0, gt=0, description="upper bound of the SNR weights")
+    detach: bool = Field(True, description="keep the diffusion loss out of the tables")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    gradient_clip: float = Field(1.0, ge=0, description="0 for none")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.levels or list(self.levels) != sorted(set(self.levels)):
+            raise ValueError("levels must be ascending noise levels, each once")
+        if self.levels[0] < 1 or self.levels[-1] > self.steps:
+            raise ValueError(f"levels must lie in 1..steps ({self.steps})")
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError("bf16 needs zero_stage 1, 2 or 3: stage 0 keeps no fp32 master copy")
+        return self
+
+
+class Loss(Section):
+    contrastive: float = Field(0.3, ge=0, description="w_cl")
+    temperature: float = Field(2.0, gt=0, description="of the contrastive term")
+    positive_noise: float = Field(0.1, ge=0, description="std of the noise on its positive")
+    diffusion: float = Field(1.0, ge=0, description="w_diff")
+    causal: float = Field(0.1, ge=0, description="w_causal, inside the diffusion loss")
+    l2: float = Field(1e-4, ge=0)
+
+
+class Train(Section):
+    epochs: int = Field(20, ge=1)
+    batch: int = Field(2048, ge=1, description="rows of a global step, over all ranks")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up of both learning rates")
+    select_split: Literal["valid_iid", "valid_ood"] = "valid_iid"
+    select_metric: str = Field("recall@20", pattern=r"^(recall|ndcg|hit|precision)@[1-9][0-9]*$")
+    patience: int = Field(5, ge=1, description="evaluations without a better one before stopping")
+    evaluations_per_epoch: int = Field(1, ge=1)
+    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
+
+
+class Checkpoints(Section):
+    every_steps: int = Field(0, ge=0, description="0: only when the model is evaluated")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept, besides the best")
+
+
+class Evaluation(Section):
+    k: tuple[int, ...] = (10, 20)
+    users_per_chunk: int = Field(256, ge=1)
+
+
+class Config(Section):
+    data: Data = Data()
+    run: Run = Run()
+    model: Model = Model()
+    tables: Tables = Tables()
+    negatives: Negatives = Negatives()
+    generator: Generator = Generator()
+    loss: Loss = Loss()
+    train: Train = Train()
+    checkpoint: Checkpoints = Checkpoints()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _batch_is_dealt_evenly(self) -> Self:
+        if self.train.batch % self.data.streams:
+            raise ValueError(
+                f"train.batch ({self.train.batch}) must be a multiple of data.streams "
+                f"({self.data.streams})"
+            )
+        metric_k = int(self.train.select_metric.split("@")[1])
+        if metric_k not in self.evaluation.k:
+            raise ValueError(f"train.select_metric needs K={metric_k} in evaluation.k")
+        return self
+
+
+def load_config(path: str, overrides: list[str]) -> Config:
+    """Read a YAML file and apply ``section.key=value`` overrides (values are YAML).
+
+    Raises:
+        UserError: unreadable file, not a mapping, unknown key or wrong type.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file; presets are in configs/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read as YAML: {reason}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of sections, not {type(tree).__name__}")
+    for word in overrides:
+        _override(tree, word)
+    return parse_config(tree, path)
+
+
+def parse_config(tree: dict[str, Any], where: str) -> Config:
+    """Validate a config tree.
+
+    Raises:
+        UserError: unknown key or wrong value, naming the key.
+    """
+    try:
+        return Config.model_validate(_numbers_and_tuples(tree))
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(tree: dict[str, Any], word: str) -> None:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise UserError(f"'{word}': an override is written section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"'{word}': the value is not valid YAML") from None
+    *sections, leaf = key.split(".")
+    for section in sections:
+        inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"'{word}': {section} is not a section")
+        tree = inner
+    tree[leaf] = value
+
+
+def _numbers_and_tuples(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text and has no tuples; strict validation wants both right."""
+    if isinstance(value, dict):
+        return {key: _numbers_and_tuples(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return tuple(_numbers_and_tuples(inner) for inner in value)
+    if isinstance(value, str) and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys()
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else "see `cnsdiff train --help-config`"
+        return f"unknown key {key}; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    got = first.get("input")
+    shown = "" if isinstance(got, dict | BaseModel) else f", not {got!r}"
+    return f"{key + ': ' if key else ''}{message[0].lower()}{message[1:]}{shown}"
+
+
+def _known_keys() -> list[str]:
+    return [f"{section}.{key}" for section, key, _, _ in describe_config()] + list(
+        Config.model_fields
+    )
+
+
+def describe_config() -> list[tuple[str, str, Any, str]]:
+    """(section, key, default, description) of every key, in order."""
+    rows = []
+    for section, field in Config.model_fields.items():
+        for key, inner in type(field.default).model_fields.items():
+            rows.append((section, key, inner.default, inner.description or ""))
+    return rows

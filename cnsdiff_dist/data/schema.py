@@ -1,0 +1,100 @@
+"""The prepared dataset's contract: its columns and its manifest.
+
+A dataset directory is described by ``manifest.json``, which is written last: a
+directory without one is not a dataset. Everything else in this package trusts the
+manifest for counts and checks files against it when it opens them.
+"""
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cnsdiff_dist.errors import UserError
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "valid_iid", "valid_ood", "test_iid", "test_ood")
+
+INTERACTION_SCHEMA = pa.schema([("user", pa.int64()), ("item", pa.int64())])
+"""Rows of the id maps, not raw ids. ``timestamp`` (int64) and ``weight`` (float32) may follow."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Shard(_Strict):
+    """One Parquet file of a split; ``path`` is relative to the dataset directory."""
+
+    path: str
+    rows: int
+    row_groups: list[int]
+    bytes: int
+    sha256: str
+
+
+class Split(_Strict):
+    rows: int
+    shards: list[Shard]
+
+
+class Blob(_Strict):
+    """One raw file (graph arrays); ``path`` is relative to the dataset directory."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Graph(_Strict):
+    """CSR of the train split in both directions; little-endian, indices sorted per row.
+
+    ``indptr`` arrays are int64 [rows + 1]; index arrays have ``index_dtype`` [edges].
+    """
+
+    edges: int
+    index_dtype: Literal["int32", "int64"]
+    user_indptr: Blob
+    user_items: Blob
+    item_indptr: Blob
+    item_users: Blob
+
+
+class Manifest(_Strict):
+    schema_version: Literal[1]
+    name: str
+    users: int
+    items: int
+    columns: list[str]
+    shift: dict[str, str | int | float | None]
+    splits: dict[str, Split]
+    graph: Graph
+    environment_edges: list[int]
+    dropped: dict[str, int]
+    digest: str
+
+    @property
+    def environments(self) -> int:
+        return len(self.environment_edges) + 1
+
+    def environment_of(self, degree: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The popularity bucket of items with these train degrees: 0 is the least popular."""
+        return np.searchsorted(np.asarray(self.environment_edges), degree, side="right")
+
+
+def parse_manifest(text: str, where: str) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        UserError: the text is not a manifest of this schema version.
+    """
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(root)"
+        raise UserError(
+            f"{where}: not a dataset manifest: {key}: {first['msg']}; run `cnsdiff prepare` again"
+        ) from None

@@ -1,0 +1,339 @@
+"""Files at any fsspec URL: the only module that opens one.
+
+A plain path is a local file; anything with a scheme (``s3://``, ``gs://``, ``memory://``)
+goes through fsspec. Whatever goes wrong outside this program (no such file, no permission,
+no credentials, a full disk, an unreachable host) becomes one :class:`UserError` line that
+names the URL, without its secrets, and what to do.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+import fsspec
+from fsspec.utils import get_protocol
+
+from cnsdiff_dist.errors import UserError
+
+CONNECT_SECONDS = 4
+READ_SECONDS = 30
+ATTEMPTS = 3
+
+_Result = TypeVar("_Result")
+
+# Clients raise classes of their own for the same few causes; naming them avoids importing
+# a client that is not installed. Looked up along the exception's bases.
+_TRANSIENT = {
+    "ConnectionError", "TimeoutError", "EndpointConnectionError", "ConnectTimeoutError",
+    "ReadTimeoutError", "ConnectionClosedError", "ClientConnectorError", "ServerTimeoutError",
+    "ServerDisconnectedError", "ClientPayloadError",
+}  # fmt: skip
+_NO_CREDENTIALS = {
+    "NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "ProfileNotFound",
+    "DefaultCredentialsError", "CredentialRetrievalError",
+}  # fmt: skip
+
+
+def protocol(url: str) -> str:
+    """``file`` for a path, else the URL's scheme."""
+    name = get_protocol(url)
+    return "file" if name == "local" else name
+
+
+def is_local(url: str) -> bool:
+    return protocol(url) == "file"
+
+
+def local_path(url: str) -> Path:
+    """The path behind a local URL (``file://`` or a plain path)."""
+    return Path(re.sub(r"^(file|local):(//)?", "", url)).expanduser()
+
+
+def display(url: str) -> str:
+    """The URL as it may be shown: without ``user:password@``, query and fragment."""
+    if is_local(url):
+        return str(local_path(url))
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def join(url: str, relative: str) -> str:
+    """``relative`` under the directory ``url``.
+
+    Raises:
+        UserError: ``relative`` is absolute or climbs out of ``url``.
+    """
+    parts = PurePosixPath(relative).parts
+    if not parts or relative.startswith("/") or ".." in parts or "://" in relative:
+        raise UserError(f"{display(url)}: {relative!r} is not a path inside this directory")
+    return f"{url.rstrip('/')}/{'/'.join(parts)}"
+
+
+def _has(error: BaseException, names: set[str]) -> bool:
+    return any(base.__name__ in names for base in type(error).__mro__)
+
+
+def explain(error: BaseException, url: str, action: str) -> UserError:
+    """The one line to show for ``error``, met while trying to ``action`` (a verb) ``url``."""
+    where, code = display(url), getattr(error, "errno", None)
+    if isinstance(error, UserError):
+        return error
+    if _has(error, _NO_CREDENTIALS):
+        return UserError(
+            f"{where}: cannot {action}: no credentials; set them for "
+            f"{protocol(url)} (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+        )
+    if _has(error, _TRANSIENT):
+        return UserError(
+            f"{where}: cannot {action}: the host does not answer; check the URL, the network "
+            "and the endpoint (for s3: AWS_ENDPOINT_URL)"
+        )
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{where}: cannot {action}: no such file or directory; check the path")
+    if code == errno.ENOSPC or code == errno.EDQUOT:
+        return UserError(f"{where}: cannot {action}: no space left; free some or write elsewhere")
+    if code == errno.EROFS:
+        return UserError(f"{where}: cannot {action}: read-only file system; write elsewhere")
+    if isinstance(error, PermissionError):
+        return UserError(f"{where}: cannot {action}: permission denied; check rights and keys")
+    if isinstance(error, ImportError):
+        return UserError(f"{where}: cannot {action}: {_line(error)}")
+    if isinstance(error, ValueError) and "rotocol" in str(error):
+        return UserError(
+            f"{where}: cannot {action}: unknown protocol {protocol(url)!r}; "
+            "use a path, s3://, gs://, or another one that fsspec knows"
+        )
+    return UserError(f"{where}: cannot {action}: {_line(error)}")
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"://[^/@\s]+@", "://", text)[:300]
+
+
+@contextmanager
+def explained(url: str, action: str) -> Iterator[None]:
+    """Turn what goes wrong with ``url`` inside the block into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError | ImportError | ValueError) or _foreign(error):
+            raise explain(error, url, action) from error
+        raise
+
+
+def _foreign(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] in {
+        "botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs", "requests",
+    }  # fmt: skip
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The fsspec filesystem of a URL, with timeouts, and the path inside it.
+
+    Raises:
+        UserError: unknown protocol, or its client is not installed.
+    """
+    options: dict[str, Any] = {"use_listings_cache": False} if not is_local(url) else {}
+    kind = protocol(url)
+    if kind in ("s3", "s3a"):
+        options["config_kwargs"] = {
+            "connect_timeout": CONNECT_SECONDS,
+            "read_timeout": READ_SECONDS,
+            "retries": {"max_attempts": 0},  # s3fs retries by itself; twice would multiply
+        }
+    elif kind in ("http", "https"):
+        import aiohttp
+
+        limit = aiohttp.ClientTimeout(None, CONNECT_SECONDS, READ_SECONDS, CONNECT_SECONDS)
+        options["client_kwargs"] = {"timeout": limit}
+    with explained(url, "open"):
+        fs, path = fsspec.core.url_to_fs(url, **options)
+    if hasattr(fs, "retries"):
+        fs.retries = ATTEMPTS
+    return fs, path
+
+
+def _retry(fs: fsspec.AbstractFileSystem, call: Callable[[], _Result]) -> _Result:
+    """Call, and again after a pause if the failure may pass; filesystems that retry do it alone."""
+    attempts = 1 if hasattr(fs, "retries") else ATTEMPTS
+    for attempt in range(1, attempts):
+        try:
+            return call()
+        except Exception as error:
+            if not _has(error, _TRANSIENT):
+                raise
+            time.sleep(0.2 * 4**attempt)
+    return call()
+
+
+def open_read(url: str, compression: str | None = None) -> IO[bytes]:
+    """A binary, seekable file; ``compression="infer"`` decompresses by extension."""
+    with explained(url, "read"):
+        fs, path = filesystem(url)
+        if fs.protocol == "file" or "file" in fs.protocol:
+            if fs.isdir(path):
+                raise UserError(f"{display(url)}: is a directory; name a file, or use a glob")
+        return _retry(fs, lambda: fs.open(path, "rb", compression=compression))
+
+
+def read_bytes(url: str) -> bytes:
+    def read() -> bytes:
+        with fs.open(path, "rb") as file:
+            return bytes(file.read())
+
+    with explained(url, "read"):
+        fs, path = filesystem(url)
+        return _retry(fs, read)
+
+
+def read_text(url: str) -> str:
+    try:
+        return read_bytes(url).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{display(url)}: not UTF-8 text at byte {error.start}") from None
+
+
+@contextmanager
+def open_write(url: str) -> Iterator[IO[bytes]]:
+    """Write a file that appears whole when the block ends, or not at all.
+
+    Local: a temporary name beside it, then ``os.replace``. Object store: a plain put, which
+    is atomic there; a failed block discards the upload.
+    """
+    with explained(url, "write"):
+        if is_local(url):
+            with _replacing(local_path(url)) as file:
+                yield file
+            return
+        fs, path = filesystem(url)
+        file = fs.open(path, "wb")
+        try:
+            yield file
+        except BaseException:
+            file.closed = True  # closing would publish the half that is there
+            if hasattr(file, "discard"):
+                with suppress(Exception):
+                    file.discard()
+            raise
+        file.close()
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[IO[bytes]]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp makes it private
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    with open_write(url) as file:
+        file.write(data)
+
+
+def write_text(url: str, text: str) -> None:
+    write_bytes(url, text.encode("utf-8"))
+
+
+def exists(url: str) -> bool:
+    """Whether a file, or a directory (prefix) with something in it, is there."""
+    with explained(url, "look at"):
+        fs, path = filesystem(url)
+        return _retry(fs, lambda: bool(fs.exists(path)))
+
+
+def list_files(url: str) -> list[str]:
+    """Every file under a directory, sorted, relative to it; empty when there is none."""
+    with explained(url, "list"):
+        fs, path = filesystem(url)
+        found = _retry(fs, lambda: list(fs.find(path)))
+        base = path.rstrip("/") + "/"
+        return sorted(name[len(base) :] for name in found if name.startswith(base))
+
+
+def glob(pattern: str) -> list[str]:
+    """The URLs a pattern matches, sorted; a URL without ``*?[`` is returned as it is.
+
+    Raises:
+        UserError: nothing matches.
+    """
+    if not any(mark in pattern for mark in "*?["):
+        return [pattern]
+    with explained(pattern, "list"):
+        fs, path = filesystem(pattern)
+        found = sorted(str(name) for name in _retry(fs, lambda: list(fs.glob(path))))
+    if not found:
+        raise UserError(f"{display(pattern)}: no file matches; check the pattern and quote it")
+    return found if is_local(pattern) else [str(fs.unstrip_protocol(name)) for name in found]
+
+
+def delete_tree(url: str) -> None:
+    """Delete a file, or a directory and all in it; nothing there is fine."""
+    with explained(url, "delete"):
+        if is_local(url):
+            path = local_path(url)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            return
+        fs, remote = filesystem(url)
+        with suppress(FileNotFoundError):
+            fs.rm(remote, recursive=True)
+
+
+def upload(source: Path, url: str) -> None:
+    """Copy a local file to a URL."""
+    with explained(url, "write"):
+        fs, path = filesystem(url)
+        _retry(fs, lambda: fs.put_file(str(source), path))
+
+
+def cache_dir() -> Path:
+    """Where copies of remote files live: $CNSDIFF_CACHE, else ~/.cache/cnsdiff_dist."""
+    given = os.environ.get("CNSDIFF_CACHE")
+    return Path(given) if given else Path("~/.cache/cnsdiff_dist").expanduser()
+
+
+def local_copy(url: str) -> Path:
+    """A local path with the file's bytes, good for memory-mapping.
+
+    A local URL is returned as it is; a remote one is downloaded once per version (its
+    fsspec ``ukey``: ETag, or size and date) into :func:`cache_dir`.
+    """
+    if is_local(url):
+        path = local_path(url)
+        if not path.is_file():
+            raise UserError(f"{display(url)}: cannot read: no such file; check the path")
+        return path
+    with explained(url, "read"):
+        fs, remote = filesystem(url)
+        version = _retry(fs, lambda: str(fs.ukey(remote)))
+        key = hashlib.sha256(f"{url}\n{version}".encode()).hexdigest()[:32]
+        target = cache_dir() / key / PurePosixPath(remote).name
+    if not target.is_file():
+        with explained(str(target), "write"), _replacing(target) as file, open_read(url) as source:
+            shutil.copyfileobj(source, file, 1 << 22)
+    return target

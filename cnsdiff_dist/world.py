@@ -1,0 +1,88 @@
+"""The processes that train together. The only module that reads the launcher's environment."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cnsdiff_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's place: ``rank`` in 0..size-1 and its ``device``."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The element-wise sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank: what one process decides, all must do."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def launched_rank() -> int:
+    """The rank the launcher gave this process, 0 when there is no launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def join_world(timeout_seconds: int) -> World:
+    """Join the process group of the launcher (torchrun), or be a world of one.
+
+    Raises:
+        UserError: the launcher's environment is incomplete or the peers do not come.
+    """
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
+    device = _pick_device(local_rank)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_seconds)
+        try:
+            if "RANK" in os.environ:
+                dist.init_process_group(backend, timeout=timeout)
+            else:
+                store = dist.HashStore()
+                dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        except (ValueError, dist.DistError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"cannot join the other ranks: {reason}; launch with torchrun") from None
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _pick_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}; "
+            "lower --nproc-per-node"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
