@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 SPLITS = ("train", "valid_iid", "valid_ood", "test_iid", "test_ood")
 
 INTERACTION_SCHEMA = pa.schema([("user", pa.int64()), ("item", pa.int64())])
-"""Rows of the id maps, not raw ids. ``timestamp`` (int64) and ``weight`` (float32) may follow."""
+"""Rows of the id maps, not raw ids. ``timestamp`` (int64, as in the log) may follow."""
 
 
 class _Strict(BaseModel):
@@ -26,7 +26,7 @@ class _Strict(BaseModel):
 
 
 class Shard(_Strict):
-    """One Parquet file of a split; ``path`` is relative to the dataset directory."""
+    """One Parquet file of a split or id map; ``path`` is relative to the dataset directory."""
 
     path: str
     rows: int
@@ -63,6 +63,13 @@ class Graph(_Strict):
 
 
 class Manifest(_Strict):
+    """What is in a dataset directory.
+
+    ``columns`` are those of the splits; ``shift`` says how they were made; ``environment_edges``
+    are train degrees of items, ascending; ``dropped`` counts input rows by why they are in no
+    split; ``digest`` is the sha256 of everything here but ``name``.
+    """
+
     schema_version: Literal[1]
     name: str
     users: int
@@ -70,10 +77,15 @@ class Manifest(_Strict):
     columns: list[str]
     shift: dict[str, str | int | float | None]
     splits: dict[str, Split]
+    ids: dict[Literal["users", "items"], Split]
     graph: Graph
     environment_edges: list[int]
     dropped: dict[str, int]
     digest: str
+
+    @property
+    def train(self) -> Split:
+        return self.splits["train"]
 
     @property
     def environments(self) -> int:

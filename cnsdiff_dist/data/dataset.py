@@ -1,0 +1,93 @@
+"""Open a prepared dataset: its manifest, its evaluation splits, its id maps."""
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cnsdiff_dist import storage
+from cnsdiff_dist.data.schema import Manifest, Shard, Split, parse_manifest
+from cnsdiff_dist.errors import UserError
+
+Ids = npt.NDArray[np.int64]
+MANIFEST = "manifest.json"
+
+
+def load_manifest(url: str) -> Manifest:
+    """Read the manifest of the dataset directory ``url``.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it is not a manifest.
+    """
+    path = storage.join(url, MANIFEST)
+    if not storage.exists(path):
+        raise UserError(
+            f"{storage.display(url)}: no {MANIFEST} here; make a dataset with `cnsdiff prepare`"
+        )
+    return parse_manifest(storage.read_text(path), storage.display(path))
+
+
+def read_split(url: str, manifest: Manifest, name: str) -> tuple[Ids, Ids]:
+    """The users and items of a split, int64 [rows] each, whole in memory.
+
+    For evaluation splits; train is streamed.
+
+    Raises:
+        UserError: the split is absent or empty, or a file is missing, damaged, of another
+            length than the manifest says, or holds an id out of range.
+    """
+    split = manifest.splits.get(name)
+    if split is None or split.rows == 0:
+        known = ", ".join(key for key, value in manifest.splits.items() if value.rows)
+        raise UserError(f"split {name} is not in this dataset; it has {known or 'no rows'}")
+    tables = [_read_shard(url, shard, ["user", "item"]) for shard in split.shards]
+    for shard, table in zip(split.shards, tables, strict=True):
+        for column, limit in (("user", manifest.users), ("item", manifest.items)):
+            _check_range(storage.join(url, shard.path), table, column, limit)
+    whole = pa.concat_tables(tables)
+    return _int64(whole, "user"), _int64(whole, "item")
+
+
+def read_ids(url: str, manifest: Manifest, side: str) -> pa.Table:
+    """The id map of ``"users"`` or ``"items"``, one line per row, in row order.
+
+    Columns: ``id`` (the raw id, int64 or string), ``row``, ``degree`` (train interactions)
+    and, for items, ``environment``.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    split: Split = manifest.ids["users" if side == "users" else "items"]
+    return pa.concat_tables([_read_shard(url, shard, None) for shard in split.shards])
+
+
+def _read_shard(url: str, shard: Shard, columns: list[str] | None) -> pa.Table:
+    path = storage.join(url, shard.path)
+    try:
+        with storage.open_read(path) as file, storage.explained(path, "read"):
+            table = pq.read_table(file, columns=columns)
+    except pa.ArrowException as error:
+        raise _damaged(path, " ".join(str(error).split())) from None
+    if table.num_rows != shard.rows:
+        raise _damaged(path, f"{table.num_rows} rows, where the manifest promises {shard.rows}")
+    missing = set(columns or []) - set(table.column_names)
+    if missing:
+        raise _damaged(path, f"no column {missing.pop()}")
+    return table
+
+
+def _damaged(path: str, why: str) -> UserError:
+    return UserError(f"{storage.display(path)}: damaged ({why}); run `cnsdiff prepare` again")
+
+
+def _int64(table: pa.Table, column: str) -> Ids:
+    return table[column].to_numpy().astype(np.int64, copy=False)
+
+
+def _check_range(path: str, table: pa.Table, column: str, limit: int) -> None:
+    if table[column].type != pa.int64() or table[column].null_count:
+        raise _damaged(path, f"column {column} is not int64 without nulls")
+    values = _int64(table, column)
+    if len(values) and (values.min() < 0 or values.max() >= limit):
+        worst = values.max() if values.max() >= limit else values.min()
+        raise _damaged(path, f"{column} {worst} is not in 0..{limit - 1}")
