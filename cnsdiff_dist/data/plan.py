@@ -57,11 +57,16 @@ class EpochPlan:
         return sum(min(stop, length) - start for length in lengths)
 
     def blocks(self, epoch: int, stream: int) -> list[tuple[int, int]]:
-        """The stream's blocks as [start, stop) of train rows, in this epoch's order."""
+        """The stream's blocks as [start, stop) of train rows, in this epoch's order.
+
+        They are cut at multiples of ``block_rows`` in the sequence of all rows, so that
+        with row groups of that size a row group is read by one block only.
+        """
         start, stop = self.stream_bounds(stream)
-        cuts = [(a, min(a + self.block_rows, stop)) for a in range(start, stop, self.block_rows)]
-        order = _generator(self.seed, epoch, stream).permutation(len(cuts))
-        return [cuts[index] for index in order]
+        first = (start // self.block_rows + 1) * self.block_rows
+        cuts = [start, *range(first, stop, self.block_rows), stop]
+        order = _generator(self.seed, epoch, stream).permutation(len(cuts) - 1)
+        return [(cuts[index], cuts[index + 1]) for index in order]
 
     def block_order(self, epoch: int, stream: int, block: tuple[int, int]) -> Rows:
         """The train rows of one block, in this epoch's order, int64 [stop - start]."""

@@ -1,0 +1,198 @@
+"""Row groups -> batches: projection, checks, read-ahead, and a start at any step."""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cnsdiff_dist import storage
+from cnsdiff_dist.data.plan import EpochPlan
+from cnsdiff_dist.data.schema import INTERACTION_SCHEMA, Manifest, Shard
+from cnsdiff_dist.errors import UserError
+
+Pairs = npt.NDArray[np.int64]
+"""int64 [rows, 2]: user row, item row."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's rows of one global step, in stream order, on the host.
+
+    ``users`` and ``items`` are int64 [B] with B = len(streams) x width; ``weight`` is
+    float32 [B], 0 for the pads that even out the streams. ``valid_rows`` counts the rows
+    of the global step that are not pads.
+    """
+
+    epoch: int
+    step: int
+    streams: list[int]
+    users: npt.NDArray[np.int64]
+    items: npt.NDArray[np.int64]
+    weight: npt.NDArray[np.float32]
+    valid_rows: int
+
+    @property
+    def width(self) -> int:
+        return len(self.users) // len(self.streams)
+
+
+class TrainStream:
+    """Reads the train split of a dataset for the streams of one rank.
+
+    Memory is bounded: ``prefetch`` blocks of ``plan.block_rows`` rows per local stream.
+    """
+
+    def __init__(
+        self, url: str, manifest: Manifest, plan: EpochPlan, streams: list[int], prefetch: int
+    ) -> None:
+        self._plan, self._streams, self._prefetch = plan, streams, prefetch
+        self._shards = [_ShardReader(url, shard, manifest) for shard in manifest.train.shards]
+        self._starts = [0, *accumulate(shard.rows for shard in manifest.train.shards)]
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from ``first_step`` on.
+
+        Raises:
+            UserError: a shard is missing, truncated, not what the manifest says, or holds
+                an id out of range; names the file and the row group.
+        """
+        pool = ThreadPoolExecutor(min(8, len(self._streams) * self._prefetch), "read-ahead")
+        try:
+            feeds = [self._feed(pool, epoch, stream, first_step) for stream in self._streams]
+            for step in range(first_step, self._plan.steps):
+                yield self._batch(epoch, step, [next(feed) for feed in feeds])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _batch(self, epoch: int, step: int, parts: list[Pairs]) -> Batch:
+        width = min(
+            self._plan.rows_per_stream_step,
+            self._plan.stream_rows - step * self._plan.rows_per_stream_step,
+        )
+        pairs = np.zeros((len(parts), width, 2), np.int64)
+        weight = np.zeros((len(parts), width), np.float32)
+        for index, part in enumerate(parts):
+            pairs[index, : len(part)] = part
+            weight[index, : len(part)] = 1
+        return Batch(
+            epoch, step, self._streams, pairs[..., 0].ravel(), pairs[..., 1].ravel(),
+            weight.ravel(), self._plan.valid_rows(step),
+        )  # fmt: skip
+
+    def _feed(
+        self, pool: ThreadPoolExecutor, epoch: int, stream: int, first_step: int
+    ) -> Iterator[Pairs]:
+        """The rows a stream gives to each step from ``first_step`` on; fewer at its end."""
+        width = self._plan.rows_per_stream_step
+        rest = np.empty((0, 2), np.int64)
+        for block in self._blocks(pool, epoch, stream, first_step * width):
+            rest = np.concatenate([rest, block])
+            while len(rest) >= width:
+                yield rest[:width]
+                rest = rest[width:]
+        yield rest
+
+    def _blocks(
+        self, pool: ThreadPoolExecutor, epoch: int, stream: int, skip: int
+    ) -> Iterator[Pairs]:
+        pending: deque[tuple[Future[Pairs], int]] = deque()
+        for block in self._plan.blocks(epoch, stream):
+            rows = block[1] - block[0]
+            if skip >= rows:
+                skip -= rows
+                continue
+            pending.append((pool.submit(self._shuffled_block, epoch, stream, block), skip))
+            skip = 0
+            if len(pending) > self._prefetch:
+                future, first = pending.popleft()
+                yield future.result()[first:]
+        for future, first in pending:
+            yield future.result()[first:]
+
+    def _shuffled_block(self, epoch: int, stream: int, block: tuple[int, int]) -> Pairs:
+        order = self._plan.block_order(epoch, stream, block) - block[0]
+        return self.read(*block)[order]
+
+    def read(self, start: int, stop: int) -> Pairs:
+        """Rows [start, stop) of the train split in manifest order."""
+        parts = [np.empty((0, 2), np.int64)]
+        for shard, first in zip(self._shards, self._starts, strict=False):
+            if first < stop and start < first + shard.rows:
+                parts.append(shard.read(max(start - first, 0), min(stop - first, shard.rows)))
+        return np.concatenate(parts)
+
+
+class _ShardReader:
+    """One Parquet file: its footer is read once, its row groups by range, one at a time."""
+
+    def __init__(self, url: str, shard: Shard, manifest: Manifest) -> None:
+        self.rows = shard.rows
+        self._url = storage.join(url, shard.path)
+        self._groups, self._limits = shard.row_groups, (manifest.users, manifest.items)
+        self._starts = [0, *accumulate(shard.row_groups)]
+        self._lock = threading.Lock()  # a ParquetFile is not safe for two readers
+        self._file: pq.ParquetFile | None = None
+
+    def read(self, start: int, stop: int) -> Pairs:
+        parts = []
+        for group, first in enumerate(self._starts[:-1]):
+            if first < stop and start < self._starts[group + 1]:
+                pairs = self._read_group(group)
+                parts.append(pairs[max(start - first, 0) : stop - first])
+        return np.concatenate(parts)
+
+    def _read_group(self, group: int) -> Pairs:
+        where = f"{storage.display(self._url)} row group {group}"
+        with self._lock:
+            file = self._file = self._file or self._open()
+            try:
+                table = file.read_row_group(group, columns=INTERACTION_SCHEMA.names)
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"{where}: cannot be read: {_first_line(error)}") from error
+        if any(column.null_count for column in table.columns):
+            raise UserError(f"{where}: holds nulls; run `cnsdiff prepare` again")
+        pairs = np.stack([column.to_numpy() for column in table.columns], axis=1)
+        check_ids(pairs, self._limits, where)
+        return pairs
+
+    def _open(self) -> pq.ParquetFile:
+        where = storage.display(self._url)
+        try:
+            file = pq.ParquetFile(storage.open_read(self._url), pre_buffer=True)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{where}: not a whole Parquet file: {_first_line(error)}") from error
+        found = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        if found != self._groups:
+            raise UserError(
+                f"{where}: row groups of {found[:4]} rows where the manifest has "
+                f"{self._groups[:4]}: it changed since; run `cnsdiff prepare` again"
+            )
+        schema = file.schema_arrow
+        for field in INTERACTION_SCHEMA:
+            if field.name not in schema.names or schema.field(field.name).type != field.type:
+                raise UserError(f"{where}: no {field.type} column {field.name!r} in {schema.names}")
+        return file
+
+
+def check_ids(pairs: Pairs, limits: tuple[int, int], where: str) -> None:
+    """Refuse ids out of range: the tables would train them into some other row.
+
+    Raises:
+        UserError: naming the first bad id.
+    """
+    for column, (name, limit) in enumerate(zip(INTERACTION_SCHEMA.names, limits, strict=True)):
+        ids = pairs[:, column]
+        if len(ids) and (ids.min() < 0 or ids.max() >= limit):
+            bad = ids[(ids < 0) | (ids >= limit)][0]
+            raise UserError(f"{where}: {name} {bad} is not in 0..{limit - 1}; prepare again")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

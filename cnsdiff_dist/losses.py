@@ -1,0 +1,99 @@
+"""The terms of the objective, each one value per row; the trainer weights and sums them.
+
+Shapes: B rows, D embedding dim, G rows of a canonical stream in a step (B = groups x G).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cnsdiff_dist.models.diffusion import Denoiser, Schedule, q_sample
+
+
+def bpr(user_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor) -> Tensor:
+    """-log sigmoid(u . i - u . j), [B] (Rendle et al., UAI 2009)."""
+    return functional.softplus((user_BD * (negative_BD - positive_BD)).sum(1))
+
+
+def l2(*rows_BD: Tensor) -> Tensor:
+    """Half the squared norm of the table rows a batch row uses, [B]."""
+    return torch.stack([rows.square().sum(1) for rows in rows_BD]).sum(0) / 2
+
+
+def info_nce(
+    anchor_BD: Tensor,
+    positive_BD: Tensor,
+    negatives: list[Tensor],
+    weight_B: Tensor,
+    groups: int,
+    temperature: float,
+) -> Tensor:
+    """-log(e^pos / (e^pos + sum e^neg)) on cosines over a temperature, [B].
+
+    Oord et al. 2018, with the positive inside the denominator. The negatives of a row are
+    those of its group (one canonical stream's rows of this step), so that neither the world
+    size nor the batch changes a row's pool; rows of weight 0 (pads) are in no pool.
+    """
+    anchor, positive = functional.normalize(anchor_BD), functional.normalize(positive_BD)
+    pool = [functional.normalize(rows).unflatten(0, (groups, -1)) for rows in negatives]
+    cosine = torch.baddbmm(
+        weight_B.new_zeros(1),
+        anchor.unflatten(0, (groups, -1)),
+        torch.cat(pool, 1).transpose(1, 2),
+        alpha=1 / temperature,
+    )
+    # Cosines over a temperature are bounded, so exp needs no shift by the maximum.
+    present = (weight_B > 0).to(cosine).view(groups, -1, 1).repeat(1, len(pool), 1)
+    mass_B = torch.bmm(cosine.exp(), present).flatten()
+    logit_B = (anchor * positive).sum(1) / temperature
+    return torch.log(mass_B + logit_B.exp()) - logit_B
+
+
+def snr_weights(schedule: Schedule, clip: float) -> Tensor:
+    """SNR(t-1) - SNR(t), 1 at t = 0, at most ``clip``: float32 [T].
+
+    Kingma et al. 2021, eq. 17, with the bound of Hang et al. 2023 ("min-SNR").
+    """
+    snr = schedule.snr
+    return torch.cat([torch.ones_like(snr[:1]), snr[:-1] - snr[1:]]).clamp(max=clip)
+
+
+def diffusion(
+    denoise: Denoiser,
+    z0_BD: Tensor,
+    t_B: Tensor,
+    noise_BD: Tensor,
+    schedule: Schedule,
+    clip: float,
+    causal: float,
+) -> tuple[Tensor, Tensor]:
+    """SNR-weighted MSE + ``causal`` x KL (CNSDiff, arXiv 2508.07243), and the plain MSE.
+
+    Returns:
+        loss [B], and the unweighted squared error per dimension [B], detached: on
+        standardised latents 1.0 is what predicting the mean would score.
+    """
+    prediction_BD = denoise(q_sample(z0_BD, t_B, noise_BD, schedule), t_B)
+    error_B = (prediction_BD - z0_BD).square().mean(1)
+    loss_B = snr_weights(schedule, clip)[t_B] * error_B
+    if causal:
+        loss_B = loss_B + causal * causal_kl(prediction_BD, z0_BD, t_B, noise_BD, schedule)
+    return loss_B, error_B.detach()
+
+
+def causal_kl(
+    prediction_BD: Tensor, z0_BD: Tensor, t_B: Tensor, noise_BD: Tensor, schedule: Schedule
+) -> Tensor:
+    """KL(N(f, s_t^2) || N(z_(t-1), s_(t-1)^2)) per dimension, [B]; 0 at t = 0.
+
+    s_t^2 is the posterior variance of ``q_posterior``, at t = 0 replaced by that of t = 1;
+    z_(t-1) is the forward sample with the same noise.
+    """
+    previous_B = (t_B - 1).clamp(min=0)
+    target_BD = q_sample(z0_BD, previous_B, noise_BD, schedule)
+    variance = schedule.beta * (1 - schedule.previous) / (1 - schedule.alpha_bar)
+    variance = torch.cat([variance[1:2], variance[1:]])
+    here, before = variance[t_B], variance[previous_B]
+    distance_B = (prediction_BD - target_BD).square().mean(1)
+    kl_B = 0.5 * (torch.log(before / here) + (here + distance_B) / before - 1)
+    return torch.where(t_B > 0, kl_B, torch.zeros_like(kl_B))

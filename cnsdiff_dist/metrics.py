@@ -1,0 +1,178 @@
+"""Ranking metrics, vectorised over users, and their sums over chunks and ranks.
+
+Shapes: B users of a chunk, I items, K the longest list asked for, E environments.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+METRICS = ("recall", "ndcg", "hit", "precision")
+_GROUP = 64
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """The (user, item) pairs of a split as a CSR, items ascending per user, each pair once.
+
+    ``indptr`` int64 [users + 1], ``items`` int64 [pairs].
+    """
+
+    indptr: npt.NDArray[np.int64]
+    items: npt.NDArray[np.int64]
+
+    @classmethod
+    def from_pairs(
+        cls, users: npt.NDArray[np.int64], items: npt.NDArray[np.int64], shape: tuple[int, int]
+    ) -> "Interactions":
+        """Pairs in any order -> CSR; ``shape`` is (users, items)."""
+        keys = np.unique(users * shape[1] + items)
+        counts = np.bincount(keys // shape[1], minlength=shape[0])
+        return cls(np.concatenate([[0], np.cumsum(counts)]), keys % shape[1])
+
+    def of(
+        self, users: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The pairs of some users: positions in ``users`` and items, both int64 [pairs]."""
+        starts, counts = self.indptr[users], np.diff(self.indptr)[users]
+        row = np.repeat(np.arange(len(users)), counts)
+        offset = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return row, np.asarray(self.items[starts[row] + offset], np.int64)
+
+
+def top_k(score_BI: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best columns of each row, best first: (scores, columns) [B, min(k, I)].
+
+    Two exact stages: the k best groups of columns by their maximum hold the k best
+    columns, so the costly selection sees k groups instead of a whole row.
+    """
+    rows, columns = score_BI.shape
+    k = min(k, columns)
+    groups = -(-columns // _GROUP)
+    if groups <= 2 * k:
+        best = torch.topk(score_BI, k, dim=1)
+        return best.values, best.indices
+    body = columns // _GROUP * _GROUP
+    maximum = score_BI[:, :body].view(rows, -1, _GROUP).amax(2)
+    if body < columns:
+        maximum = torch.cat([maximum, score_BI[:, body:].amax(1, keepdim=True)], 1)
+    chosen = torch.topk(maximum, k, dim=1, sorted=False).indices
+    inside = torch.arange(_GROUP, device=score_BI.device)
+    column = (chosen[:, :, None] * _GROUP + inside).view(rows, -1)
+    candidate = score_BI.gather(1, column.clamp(max=columns - 1))
+    candidate.masked_fill_(column >= columns, -torch.inf)
+    best = torch.topk(candidate, k, dim=1)
+    return best.values, column.gather(1, best.indices)
+
+
+class RankingSums:
+    """Sums from which every metric of a split follows; additive over users and ranks.
+
+    Args:
+        ks: the list lengths K.
+        environment: int64 [I], the environment of each item; E = its maximum + 1 or more.
+        degree: int64 [I], the train degree of each item.
+    """
+
+    def __init__(
+        self,
+        ks: tuple[int, ...],
+        environments: int,
+        environment: npt.NDArray[np.int64],
+        degree: npt.NDArray[np.int64],
+    ) -> None:
+        self._ks, self._environment, self._degree = ks, environment, degree
+        # Slot 0 is all items together, slot 1 + e is environment e.
+        self.users = np.zeros(1 + environments)
+        self.sums = np.zeros((1 + environments, len(ks), len(METRICS)))
+        self.recommended = np.zeros((len(ks), len(degree)))
+
+    def add(
+        self,
+        ranked_BK: npt.NDArray[np.int64],
+        relevant_row: npt.NDArray[np.int64],
+        relevant_item: npt.NDArray[np.int64],
+    ) -> None:
+        """Count users who have at least one relevant item.
+
+        Args:
+            ranked_BK: recommended items, best first, K >= max(ks) or all items.
+            relevant_row: position in 0..B-1 of each relevant pair, ascending.
+            relevant_item: its item, ascending within a row.
+        """
+        users, items = len(ranked_BK), len(self._degree)
+        keys = relevant_row * items + relevant_item
+        ranked_keys = np.arange(users)[:, None] * items + ranked_BK
+        place = np.minimum(np.searchsorted(keys, ranked_keys), max(len(keys) - 1, 0))
+        hit_BK = keys[place] == ranked_keys if len(keys) else np.zeros(ranked_BK.shape, bool)
+        counted = np.bincount(relevant_row, minlength=users) > 0
+        for index, k in enumerate(self._ks):
+            self.recommended[index] += np.bincount(
+                ranked_BK[counted, :k].ravel(), minlength=items
+            )
+        self._add_slot(0, hit_BK, relevant_row)
+        for e in range(len(self.users) - 1):
+            inside = self._environment[relevant_item] == e
+            hit_in_e = hit_BK & (self._environment[ranked_BK] == e)
+            self._add_slot(1 + e, hit_in_e, relevant_row[inside])
+
+    def _add_slot(
+        self, slot: int, hit_BK: npt.NDArray[np.bool_], relevant_row: npt.NDArray[np.int64]
+    ) -> None:
+        relevant_B = np.bincount(relevant_row, minlength=len(hit_BK))
+        has = relevant_B > 0
+        hit, relevant = hit_BK[has], relevant_B[has]
+        self.users[slot] += has.sum()
+        discount = 1 / np.log2(np.arange(2, max(self._ks) + 2))
+        ideal = np.concatenate([[0.0], np.cumsum(discount)])
+        for index, k in enumerate(self._ks):
+            found = hit[:, :k].sum(1)
+            gain = hit[:, :k] @ discount[: min(k, hit.shape[1])]
+            self.sums[slot, index] += [
+                (found / relevant).sum(),
+                (gain / ideal[np.minimum(relevant, k)]).sum(),
+                (found > 0).sum(),
+                found.sum() / k,
+            ]
+
+    def to_tensor(self) -> Tensor:
+        """Everything in one float64 vector, to be summed over ranks."""
+        parts = [self.users, self.sums.ravel(), self.recommended.ravel()]
+        return torch.from_numpy(np.concatenate(parts))
+
+    def load(self, total: Tensor) -> None:
+        """Take the sums over ranks back from :meth:`to_tensor`'s layout."""
+        values = total.cpu().numpy()
+        cuts = np.cumsum([self.users.size, self.sums.size])
+        users, sums, recommended = np.split(values, cuts)
+        self.users, self.sums = users, sums.reshape(self.sums.shape)
+        self.recommended = recommended.reshape(self.recommended.shape)
+
+    def result(self) -> dict[str, float]:
+        """Means over users: ``recall@20``, ``coverage@20`` (share of the catalogue that is
+        recommended to anyone), ``popularity@20`` (mean train degree of what is recommended).
+        """
+        out = self._means(0)
+        for index, k in enumerate(self._ks):
+            count = self.recommended[index]
+            out[f"coverage@{k}"] = float((count > 0).mean())
+            out[f"popularity@{k}"] = float(count @ self._degree / max(count.sum(), 1))
+        return out
+
+    def by_environment(self) -> list[dict[str, float]]:
+        """The metrics where only an environment's items are relevant, with its user count."""
+        return [
+            {"users": int(self.users[1 + e]), **self._means(1 + e)}
+            for e in range(len(self.users) - 1)
+        ]
+
+    def _means(self, slot: int) -> dict[str, float]:
+        mean = self.sums[slot] / max(self.users[slot], 1)
+        return {
+            f"{name}@{k}": float(mean[index, column])
+            for index, k in enumerate(self._ks)
+            for column, name in enumerate(METRICS)
+        }

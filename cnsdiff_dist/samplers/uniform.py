@@ -1,0 +1,50 @@
+"""Uniform negatives among the items a user has not interacted with (Rendle et al. 2009)."""
+
+import numpy as np
+import numpy.typing as npt
+
+from cnsdiff_dist.data.graph import GraphArrays
+from cnsdiff_dist.data.stream import Batch
+from cnsdiff_dist.draws import Draws
+from cnsdiff_dist.samplers.protocol import Latents, Negatives
+
+
+class UniformSampler:
+    network = None
+
+    def __init__(self, graph: GraphArrays) -> None:
+        self._graph = graph
+
+    def candidates(self, batch: Batch, draws: Draws) -> npt.NDArray[np.int64]:
+        uniform = draws.uniform(1)[:, 0]
+        return non_interacted(self._graph, batch.users, batch.items, uniform)[:, None]
+
+    def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
+        return Negatives(latents.candidate_BMD[:, 0])
+
+
+def non_interacted(
+    graph: GraphArrays,
+    users: npt.NDArray[np.int64],
+    positives: npt.NDArray[np.int64],
+    uniform: npt.NDArray[np.float64],
+) -> npt.NDArray[np.int64]:
+    """One item per user, uniform over those absent from its train row, int64 [B].
+
+    No rejection: rank r = floor(uniform x (I - degree)) among the absent items is found by
+    bisection, since the k-th item p_k of a user's sorted row has p_k - k absent items
+    before it. A user who has them all gets its positive back, which teaches nothing.
+    """
+    items = len(graph.item_indptr) - 1
+    start = np.asarray(graph.user_indptr[users])
+    degree = np.asarray(graph.user_indptr[users + 1]) - start
+    rank = np.minimum((uniform * (items - degree)).astype(np.int64), items - degree - 1)
+    low, high = np.zeros_like(degree), degree.copy()
+    for _ in range(int(degree.max(initial=0)).bit_length()):
+        open_ = low < high
+        middle = (low + high) // 2
+        item = graph.user_items[np.where(open_, start + middle, 0)]
+        before = open_ & (item - middle <= rank)
+        low = np.where(before, middle + 1, low)
+        high = np.where(open_ & ~before, middle, high)
+    return np.where(degree < items, rank + low, positives)
