@@ -1,0 +1,207 @@
+"""``cnsdiff prepare``: raw interaction logs to a dataset directory."""
+
+import argparse
+import sys
+
+from cnsdiff_dist.data.prepare import Recipe, prepare
+from cnsdiff_dist.data.readers import FORMATS, ROLES, LogFormat
+from cnsdiff_dist.data.schema import SPLITS, Manifest
+from cnsdiff_dist.data.shifts import SHIFTS
+from cnsdiff_dist.data.synthetic import World
+from cnsdiff_dist.errors import UserError
+
+_EXAMPLES = """\
+examples:
+  one log, split here for the shift you expect
+    cnsdiff prepare data/ml --log ml-100k.inter --min-rating 4 --shift temporal
+    cnsdiff prepare s3://bucket/data --log 's3://bucket/logs/*.parquet' --shift popularity
+  a biased log and a uniform one
+    cnsdiff prepare data/coat --log user.txt --uniform random.txt --shift exposure \\
+        --columns user,item,rating --min-rating 4
+  splits that exist already
+    cnsdiff prepare data/food --train train.txt --valid-iid valid_iid.txt \\
+        --test-iid test_iid.txt --test-ood test_ood.txt --valid-ood-fraction 0
+  data with a known causal model, to try things
+    cnsdiff prepare data/synthetic --synthetic
+"""
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the ``prepare`` command."""
+    parser = subparsers.add_parser(
+        "prepare",
+        help="make a dataset from raw interaction logs",
+        description="Turn raw interaction logs into a dataset: id maps, splits with an "
+        "out-of-distribution test and validation, and the train graph. Files and OUT may be "
+        "paths or URLs (s3://, gs://, ..); a log larger than memory is fine.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", metavar="OUT", help="the dataset directory to write")
+    _add_inputs(parser)
+    _add_format(parser)
+    _add_splitting(parser)
+    parser.add_argument("--name", default="", help="name in the manifest; default: OUT's last part")
+    parser.add_argument("--overwrite", action="store_true", help="replace the dataset in OUT")
+    parser.add_argument(
+        "--memory-limit", default="4GB", metavar="SIZE",
+        help="memory for sorts and joins; beyond it they spill to disk (default %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("input: one of --log, --train, --synthetic")
+    group.add_argument("--log", nargs="+", metavar="FILE", help="one log; quoted globs are fine")
+    group.add_argument("--uniform", nargs="+", metavar="FILE",
+                       help="beside --log: a log of uniformly exposed items, to be test_ood")  # fmt: skip
+    for split in SPLITS:
+        group.add_argument(_flag(split), nargs="+", metavar="FILE", help=f"a ready {split} split")
+    group.add_argument("--synthetic", action="store_true", help="generate data with known truth")
+    group.add_argument("--users", type=_count, default=World.users, metavar="N",
+                       help="of --synthetic (default %(default)s)")  # fmt: skip
+    group.add_argument("--items", type=_count, default=World.items, metavar="N",
+                       help="of --synthetic (default %(default)s)")  # fmt: skip
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how to read the logs")
+    group.add_argument("--format", choices=FORMATS, default="auto",
+                       help="auto: by extension, then by the first line; inter: RecBole; "
+                       "triples: 'user item 1' lines (default auto)")  # fmt: skip
+    group.add_argument("--columns", metavar="NAMES",
+                       help="names of a file without header, such as user,item,rating")  # fmt: skip
+    for role in ROLES:
+        group.add_argument(f"--{role}-column", metavar="NAME", help=f"the {role} column")
+    group.add_argument("--min-rating", type=float, metavar="X",
+                       help="positives are rated X or more; default: every row is one")  # fmt: skip
+    group.add_argument("--duplicates", choices=("error", "drop"), default="error",
+                       help="a (user, item) twice in a split: stop, or keep the first")  # fmt: skip
+    group.add_argument("--unknown", choices=("error", "drop"), default="error",
+                       help="a user or item of a ready split that train has not: stop, or drop")  # fmt: skip
+
+
+def _add_splitting(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how to split; fractions are of the rows still in train")
+    group.add_argument("--shift", choices=SHIFTS,
+                       help="what differs between train and test_ood; needed with --log. "
+                       "With --train it shapes valid_ood (default popularity)")  # fmt: skip
+    for flag, default, what in (
+        ("--test-fraction", 0.2, "for test_ood, then for test_iid"),
+        ("--valid-fraction", 0.1, "for valid_iid, if it is not given"),
+        ("--valid-ood-fraction", 0.1, "for valid_ood, if it is not given"),
+    ):
+        group.add_argument(flag, type=_fraction, default=default, metavar="F",
+                           help=f"{what}; 0 for none (default %(default)s)")  # fmt: skip
+    group.add_argument("--environments", type=_count, default=5, metavar="N",
+                       help="popularity buckets of items (default %(default)s)")  # fmt: skip
+    group.add_argument("--seed", type=_natural, default=0, metavar="S", help="default 0")
+
+
+def _flag(split: str) -> str:
+    return "--" + split.replace("_", "-")
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prepare the dataset; a line per stage on stderr, the summary on stdout.
+
+    Raises:
+        UserError: the options do not fit together, or the input or output is bad.
+    """
+    recipe = recipe_from(args)
+    print(summary(prepare(recipe, lambda line: print(line, file=sys.stderr, flush=True))))
+
+
+def recipe_from(args: argparse.Namespace) -> Recipe:
+    """The recipe that the command line asks for.
+
+    Raises:
+        UserError: the options do not fit together.
+    """
+    sources, shift = _sources(args)
+    return Recipe(
+        out=args.out,
+        sources=sources,
+        given=args.train is not None,
+        shift=shift,
+        synthetic=World(args.users, args.items, args.seed) if args.synthetic else None,
+        how=LogFormat(
+            args.format,
+            tuple(args.columns.split(",")) if args.columns else (),
+            *(getattr(args, f"{role}_column") for role in ROLES),
+        ),
+        min_rating=args.min_rating,
+        test_fraction=args.test_fraction,
+        valid_fraction=args.valid_fraction,
+        valid_ood_fraction=args.valid_ood_fraction,
+        environments=args.environments,
+        drop_duplicates=args.duplicates == "drop",
+        drop_unknown=args.unknown == "drop",
+        name=args.name,
+        seed=args.seed,
+        overwrite=args.overwrite,
+        memory_limit=args.memory_limit,
+    )
+
+
+def _sources(args: argparse.Namespace) -> tuple[dict[str, list[str]], str | None]:
+    """The logs of each split, and the shift."""
+    given = {split: files for split in SPLITS if (files := getattr(args, split))}
+    inputs = [bool(args.log), bool(given), args.synthetic]
+    if sum(inputs) != 1:
+        raise UserError("give one of --log, --train (with its splits) and --synthetic")
+    if args.uniform and not args.log:
+        raise UserError("--uniform goes with --log, the biased log; give both")
+    if args.synthetic:
+        # Its two logs are a biased and a uniform one: the sources need test_ood to say so.
+        return {"test_ood": []}, "exposure"
+    if given:
+        if not args.train:
+            raise UserError(f"{_flag(next(iter(given)))} goes with --train; give both")
+        return given, args.shift
+    if args.uniform:
+        if args.shift not in (None, "exposure"):
+            raise UserError(f"--uniform makes the shift exposure, not {args.shift}; drop --shift")
+        return {"train": args.log, "test_ood": args.uniform}, "exposure"
+    if args.shift is None:
+        raise UserError("--log needs --shift popularity, temporal or random, or a --uniform log")
+    if args.shift == "exposure":
+        raise UserError("--shift exposure needs --uniform, a log of uniformly exposed items")
+    return {"train": args.log}, args.shift
+
+
+def summary(manifest: Manifest) -> str:
+    """What was made, as text."""
+    pairs = manifest.users * manifest.items
+    head = (
+        f"{manifest.name}: {manifest.users:,} users, {manifest.items:,} items, train density "
+        f"{manifest.graph.edges / pairs:.4%}, {manifest.environments} environments"
+    )
+    lines = [
+        head,
+        *(f"  {name:<10}{split.rows:>14,} rows" for name, split in manifest.splits.items()),
+    ]
+    dropped = {reason: count for reason, count in manifest.dropped.items() if count}
+    lines += [f"  dropped   {count:>14,} rows  {reason}" for reason, count in dropped.items()]
+    return "\n".join([*lines, f"  digest {manifest.digest[:16]}"])

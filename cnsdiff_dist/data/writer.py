@@ -1,0 +1,134 @@
+"""Write a dataset directory: Parquet shards, raw arrays, and publishing them all at once."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cnsdiff_dist import storage
+from cnsdiff_dist.data.dataset import MANIFEST
+from cnsdiff_dist.data.schema import SPLITS, Blob, Shard, Split
+from cnsdiff_dist.errors import UserError
+
+ROW_GROUP = 65_536
+SHARD_ROWS = 128 * ROW_GROUP
+_PARTS = (*SPLITS, "ids", "graph", "truth")
+_STAGING = ".staging-"
+
+
+def write_split(root: Path, folder: str, rows: pa.RecordBatchReader) -> Split:
+    """Write a stream of rows as ``folder/part-NNNNN.parquet`` under ``root``.
+
+    Row groups have 65,536 rows, but the last of a shard; so a reader can fetch blocks of rows.
+    """
+    shards = []
+    groups = _regrouped(rows)
+    group = next(groups, None)
+    while group is not None:
+        path = f"{folder}/part-{len(shards):05d}.parquet"
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        sizes: list[int] = []
+        with pq.ParquetWriter(root / path, rows.schema, compression="zstd") as writer:
+            while group is not None and sum(sizes) < SHARD_ROWS:
+                writer.write_table(group, row_group_size=ROW_GROUP)
+                sizes.append(group.num_rows)
+                group = next(groups, None)
+        blob = describe(root, path)
+        shards.append(Shard(**blob.model_dump(), rows=sum(sizes), row_groups=sizes))
+    return Split(rows=sum(shard.rows for shard in shards), shards=shards)
+
+
+def _regrouped(rows: pa.RecordBatchReader) -> Iterator[pa.Table]:
+    """The same rows in tables of exactly ROW_GROUP rows, the last one shorter."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in rows:
+        waiting.append(batch)
+        while sum(map(len, waiting)) >= ROW_GROUP:
+            table = pa.Table.from_batches(waiting)
+            yield table.slice(0, ROW_GROUP)
+            waiting = table.slice(ROW_GROUP).to_batches()
+    if sum(map(len, waiting)):
+        yield pa.Table.from_batches(waiting)
+
+
+def describe(root: Path, path: str) -> Blob:
+    """The size and sha256 of a file under ``root``."""
+    with (root / path).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Blob(path=path, bytes=(root / path).stat().st_size, sha256=digest)
+
+
+def refuse_existing(out: str, overwrite: bool) -> None:
+    """Raises UserError if ``out`` is a dataset, or holds anything, and may not be replaced."""
+    if overwrite:
+        return
+    if storage.exists(storage.join(out, MANIFEST)):
+        raise UserError(f"{storage.display(out)}: a dataset is here; --overwrite replaces it")
+    if storage.list_files(out):
+        raise UserError(
+            f"{storage.display(out)}: not empty; choose another directory, or --overwrite to "
+            "put the dataset beside what is there"
+        )
+
+
+@contextmanager
+def staging(out: str) -> Iterator[Path]:
+    """A local directory to build in, removed at the end whatever happens.
+
+    For a local ``out`` it lies inside it, hence on the same disk; else it is where
+    ``TMPDIR`` says.
+
+    Raises:
+        UserError: it cannot be made there.
+    """
+    target = storage.local_path(out) if storage.is_local(out) else None
+    created = target is not None and not target.exists()
+    with storage.explained(out if target else tempfile.gettempdir(), "write"):
+        if target:
+            target.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(prefix=_STAGING, dir=target))
+    try:
+        yield room
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+        if target and created:
+            with suppress(OSError):
+                target.rmdir()  # only if nothing was published
+
+
+def publish(built: Path, out: str) -> None:
+    """Move what was built to ``out``, ``manifest.json`` last; on failure ``out`` has none.
+
+    Raises:
+        UserError: ``out`` cannot be written.
+    """
+    storage.delete_tree(storage.join(out, MANIFEST))
+    for part in _PARTS:
+        storage.delete_tree(storage.join(out, part))
+    done = []
+    try:
+        for part in sorted(set(os.listdir(built)) - {MANIFEST}) + [MANIFEST]:
+            done.append(part)
+            _move(built / part, storage.join(out, part))
+    except BaseException:
+        for part in reversed(done):
+            with suppress(UserError):
+                storage.delete_tree(storage.join(out, part))
+        raise
+
+
+def _move(source: Path, target: str) -> None:
+    if storage.is_local(target):
+        with storage.explained(target, "write"):
+            os.replace(source, storage.local_path(target))
+    elif source.is_file():
+        storage.upload(source, target)
+    else:
+        for name in sorted(os.listdir(source)):
+            _move(source / name, storage.join(target, name))
