@@ -81,7 +81,7 @@ def _damaged(path: str, why: str) -> UserError:
 
 
 def _int64(table: pa.Table, column: str) -> Ids:
-    return table[column].to_numpy().astype(np.int64, copy=False)
+    return np.asarray(table[column].to_numpy(), np.int64)
 
 
 def _check_range(path: str, table: pa.Table, column: str, limit: int) -> None:

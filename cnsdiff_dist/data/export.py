@@ -37,10 +37,10 @@ def code_ids(db: duckdb.DuckDBPyConnection) -> None:
     Ids sort as numbers when all of them are integers, else as text (by UTF-8 bytes).
     """
     for table, side in _SIDES.items():
-        (numeric,) = db.execute(
+        ((numeric,),) = db.execute(
             f'SELECT bool_and(TRY_CAST("{side}" AS BIGINT)::VARCHAR IS NOT DISTINCT FROM "{side}") '
             "FROM raw"
-        ).fetchone()  # type: ignore[misc]
+        ).fetchall()
         kind = "BIGINT" if numeric else "VARCHAR"
         db.execute(
             f'CREATE TABLE {table}_sorted AS SELECT DISTINCT "{side}"::{kind} AS id '

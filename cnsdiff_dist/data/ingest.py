@@ -72,9 +72,9 @@ def _ingest(db: duckdb.DuckDBPyConnection, split: int, number: int, log: Log) ->
         bad = db.execute(
             f"SELECT line, {problem} AS problem FROM batch WHERE problem IS NOT NULL "
             "ORDER BY line LIMIT 1"
-        ).fetchone()
-        if bad:
-            raise UserError(f"{place(log, bad[0])}: {bad[1]}")
+        ).fetchall()
+        for line, what in bad:
+            raise UserError(f"{place(log, line)}: {what}")
         db.execute(
             f"INSERT INTO raw (split, file, line, {names}) "
             f"SELECT {split}, {number}, line, {columns} FROM batch"
@@ -107,7 +107,8 @@ def _value(log: Log, role: str) -> str:
 
 
 def _numeric(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+    return any(test(kind) for test in tests)
 
 
 def _wrong_type(log: Log, role: str, kind: pa.DataType, wanted: str) -> UserError:

@@ -18,7 +18,7 @@ from cnsdiff_dist.data import export, writer
 from cnsdiff_dist.data.dataset import MANIFEST
 from cnsdiff_dist.data.ingest import Say, create_raw, ingest, place
 from cnsdiff_dist.data.readers import Log, LogFormat
-from cnsdiff_dist.data.schema import SCHEMA_VERSION, SPLITS, Manifest
+from cnsdiff_dist.data.schema import SPLITS, Manifest
 from cnsdiff_dist.data.shifts import order, share, uniform
 from cnsdiff_dist.data.synthetic import World, write_logs, write_truth
 from cnsdiff_dist.errors import UserError
@@ -142,7 +142,7 @@ def _build(
     if _cuts_future(recipe):
         _cut(db, recipe, "test_ood", "temporal", recipe.test_fraction, protect=False)
     dropped["cold"] = _drop_cold(db, recipe, logs)
-    if not db.execute("SELECT count(*) FROM rows WHERE split = 0").fetchone()[0]:  # type: ignore[index]
+    if not _count(db, "train"):
         raise UserError(
             f"{storage.display(files[0][1])}: no train row is left; check --min-rating and the files"
         )
@@ -205,12 +205,12 @@ def _clean(db: duckdb.DuckDBPyConnection, recipe: Recipe, logs: list[Log]) -> di
 
 
 def _duplicate(db: duckdb.DuckDBPyConnection, logs: list[Log]) -> UserError:
-    file, line, other_file, other, user, item = db.execute("""
+    ((file, line, other_file, other, user, item),) = db.execute("""
         SELECT b.file, b.line, a.file, a.line, u.id, i.id FROM judged b
         JOIN judged a ON a."user" = b."user" AND a.item = b.item AND a.split = b.split AND a.nth = 1
         JOIN users u ON u.code = b."user" JOIN items i ON i.code = b.item
         WHERE b.nth > 1 ORDER BY b.file, b.line LIMIT 1
-    """).fetchone()  # type: ignore[misc]
+    """).fetchall()
     return UserError(
         f"{place(logs[file], line)}: user {user}, item {item} again, after "
         f"{place(logs[other_file], other)}; --duplicates drop keeps the first"
@@ -233,10 +233,10 @@ def _drop_cold(db: duckdb.DuckDBPyConnection, recipe: Recipe, logs: list[Log]) -
             bad = db.execute(
                 f'SELECT file, line, id FROM rows JOIN {side}s ON code = "{side}" '
                 f"WHERE {condition} ORDER BY file, line LIMIT 1"
-            ).fetchone()
-            if bad:
+            ).fetchall()
+            for file, line, name in bad:
                 raise UserError(
-                    f"{place(logs[bad[0]], bad[1])}: {side} {bad[2]} is not in train; "
+                    f"{place(logs[file], line)}: {side} {name} is not in train; "
                     "--unknown drop leaves such rows out"
                 )
     before = _count(db)
@@ -302,7 +302,8 @@ def _cut(
 
 def _count(db: duckdb.DuckDBPyConnection, split: str | None = None) -> int:
     where = "" if split is None else f"WHERE split = {SPLITS.index(split)}"
-    return int(db.execute(f"SELECT count(*) FROM rows {where}").fetchone()[0])  # type: ignore[index]
+    ((rows,),) = db.execute(f"SELECT count(*) FROM rows {where}").fetchall()
+    return int(rows)
 
 
 def _counts(dropped: dict[str, int]) -> str:
@@ -313,7 +314,7 @@ def _write_manifest(
     recipe: Recipe, parts: export.Parts, dropped: dict[str, int], built: Path
 ) -> Manifest:
     manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
+        schema_version=1,
         name=recipe.name or storage.display(recipe.out).rstrip("/").rpartition("/")[2],
         shift=_shift(recipe),
         dropped=dropped,

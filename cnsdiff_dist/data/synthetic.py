@@ -97,7 +97,8 @@ def draw_interactions(world: World, truth: Truth) -> tuple[Pairs, Pairs]:
     rng = _generator(world, 1)
     liked = sum(float(truth.preference(part).sum()) for part in _parts(world))
     flat = min(1.0, world.uniform_per_user * world.users / liked)
-    biased, uniform = [], []
+    biased: list[Pairs] = []
+    uniform: list[Pairs] = []
     for part in _parts(world):
         preference = truth.preference(part)
         likes = rng.random(preference.shape) < preference

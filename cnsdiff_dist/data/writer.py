@@ -27,7 +27,7 @@ def write_split(root: Path, folder: str, rows: pa.RecordBatchReader) -> Split:
 
     Row groups have 65,536 rows, but the last of a shard; so a reader can fetch blocks of rows.
     """
-    shards = []
+    shards: list[Shard] = []
     groups = _regrouped(rows)
     group = next(groups, None)
     while group is not None:

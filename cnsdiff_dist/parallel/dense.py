@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from cnsdiff_dist.config import Generator
-from cnsdiff_dist.world import World
 
 State = dict[str, dict[str, Tensor]]
 """Parameter name -> its full ``value``, ``exp_avg``, ``exp_avg_sq`` and Adam's ``step``."""
@@ -25,7 +24,7 @@ class DenseEngine:
     """Trains a module by data parallelism under ZeRO; without one, just backpropagates."""
 
     def __init__(
-        self, module: nn.Module | None, config: Generator, rows_per_rank: int, world: World
+        self, module: nn.Module | None, config: Generator, rows_per_rank: int
     ) -> None:
         self._lr, self._stage = config.lr, config.zero_stage
         self._engine = _initialize(module, config, rows_per_rank) if module else None

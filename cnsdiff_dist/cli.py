@@ -1,0 +1,84 @@
+"""The ``cnsdiff`` command: parse, run a subcommand, turn what goes wrong into one line.
+
+Exit codes: 0 done, 2 the user can mend it (one line says how), 130 interrupted, 1 a bug.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+
+from cnsdiff_dist.commands import evaluate, export, prepare, recommend, train
+from cnsdiff_dist.errors import UserError
+
+_COMMANDS = (prepare, train, evaluate, export, recommend)
+
+_EPILOG = """\
+a whole job:
+  cnsdiff prepare data/demo --synthetic
+  cnsdiff train configs/demo.yaml run.dir=runs/demo
+  cnsdiff evaluate runs/demo --split test_ood
+  cnsdiff recommend runs/demo out/recommendations --k 20
+
+several processes: torchrun --nproc-per-node 2 -m cnsdiff_dist train configs/demo.yaml
+"""
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = _parser().parse_args(words)
+    _quiet()
+    try:
+        args.run(args)
+    except UserError as error:
+        _complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _complain("interrupted; what was committed is kept")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def entry() -> None:
+    """The console script. Leaves at once: a failed rank must not wait for its peers."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+    from cnsdiff_dist.world import leave_world
+
+    leave_world()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cnsdiff",
+        description="Train recommenders that keep working when the data shifts: "
+        "CNSDiff on sharded embedding tables.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.register(subparsers)
+    return parser
+
+
+def _complain(line: str) -> None:
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    where = f" [rank {rank}]" if int(size) > 1 else ""
+    print(f"cnsdiff: error{where}: {' '.join(line.split())}", file=sys.stderr)
+
+
+def _quiet() -> None:
+    """The libraries' notices are for their developers; errors still show."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    for name in ("torchrec", "torch.distributed", "root", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)

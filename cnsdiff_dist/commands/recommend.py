@@ -1,0 +1,42 @@
+"""``cnsdiff recommend``: the top-K items of users."""
+
+import argparse
+
+_EPILOG = """\
+examples:
+  cnsdiff recommend runs/demo out/top20 --k 20
+  cnsdiff recommend runs/demo out/some --k 5 --users users.txt
+"""
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "recommend",
+        help="write the top-K items of all or some users as Parquet",
+        description="Rank every item for the users and write URL/*.parquet with columns user, "
+        "item (raw ids), score and rank (1 is best). Train items are not recommended. "
+        "URL/recommend.json is written last.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_url", metavar="RUN", help="run directory")
+    parser.add_argument("url", metavar="URL", help="directory to write, any fsspec URL")
+    parser.add_argument("--k", type=int, default=20, help="default: %(default)s")
+    parser.add_argument("--users", metavar="FILE", help="raw user ids, one a line; default: all")
+    parser.add_argument("--data", metavar="URL", help="the dataset, if it has moved")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from cnsdiff_dist import storage
+    from cnsdiff_dist.errors import UserError
+    from cnsdiff_dist.outputs import listed_users, write_recommendations
+    from cnsdiff_dist.trained import open_trained
+
+    if args.k < 1:
+        raise UserError(f"--k {args.k}: lists have at least 1 item")
+    model = open_trained(args.run_url, args.data)
+    users = listed_users(model, args.users)
+    rows = write_recommendations(model, args.url, users, args.k)
+    if model.world.is_main:
+        print(f"{rows} recommendations for {len(users)} users in {storage.display(args.url)}")

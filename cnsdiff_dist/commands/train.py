@@ -1,0 +1,95 @@
+"""``cnsdiff train``: train a run, or go on with it."""
+
+import argparse
+from contextlib import nullcontext
+from pathlib import Path
+
+from cnsdiff_dist.config import Config, describe_config, load_config
+from cnsdiff_dist.errors import UserError
+
+_EPILOG = """\
+examples:
+  cnsdiff train configs/demo.yaml
+  cnsdiff train configs/food.yaml run.seed=1 run.dir=runs/food-1
+  cnsdiff train configs/food.yaml negatives.kind=uniform run.dir=runs/food-bpr
+  torchrun --nproc-per-node 8 -m cnsdiff_dist train configs/food.yaml
+
+The same command again continues a run from its last checkpoint.
+"""
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model, or go on with a run",
+        description="Train on a prepared dataset. Alone, or on every rank under torchrun.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; see configs/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="override, e.g. train.epochs=3"
+    )
+    parser.add_argument("--help-config", action="store_true", help="list every config key")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.help_config:
+        _print_keys()
+        return
+    if not args.config:
+        raise UserError("name a config file, e.g. `cnsdiff train configs/demo.yaml`")
+    config = load_config(args.config, args.overrides)
+    if not config.run.dir:
+        name = f"runs/{Path(args.config).stem}"
+        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": name})})
+    if not config.data.url:
+        raise UserError(f"{args.config}: data.url is not set; add data.url=DATASET")
+    train(config)
+
+
+def train(config: Config) -> None:
+    """Train one run to its end. Collective."""
+    # Imported here so that `cnsdiff --help` does not wait for torch.
+    from cnsdiff_dist import storage
+    from cnsdiff_dist.data.dataset import load_manifest
+    from cnsdiff_dist.data.graph import open_graph
+    from cnsdiff_dist.reporting import Reporter
+    from cnsdiff_dist.rundir import open_run
+    from cnsdiff_dist.trainer import Trainer
+    from cnsdiff_dist.world import join_world
+
+    manifest = load_manifest(config.data.url)
+    world = join_world(config.run.timeout_seconds)
+    graph = open_graph(config.data.url, manifest)
+    trainer = Trainer(config, manifest, graph, world)
+    open_run(config, manifest, world)
+    commit = trainer.resume()
+    start, total = trainer.progress.step, trainer.total_steps
+    with Reporter(config.run.dir, start, total) if world.is_main else nullcontext() as reporter:
+        if reporter:
+            reporter.say(_headline(config, manifest.name, world.size, world.device.type))
+            if commit:
+                reporter.say(f"resumed from {storage.display(commit.url)}")
+        trainer.fit(reporter)
+        if reporter:
+            reporter.publish()
+            best = trainer.progress
+            reporter.say(
+                f"finished: best {config.train.select_split} {config.train.select_metric} "
+                f"{best.best:.4f} at step {best.best_step}; run in {storage.display(config.run.dir)}"
+            )
+
+
+def _headline(config: Config, dataset: str, ranks: int, device: str) -> str:
+    layers, dim = config.model.layers, config.model.dim
+    return (
+        f"{config.negatives.kind} negatives, LightGCN L={layers} D={dim}, dataset {dataset}, "
+        f"batch {config.train.batch}, {ranks} {device} rank{'s' if ranks > 1 else ''}"
+    )
+
+
+def _print_keys() -> None:
+    for section, key, default, description in describe_config():
+        print(f"{section + '.' + key:34} {default!s:26} {description}".rstrip())

@@ -1,0 +1,127 @@
+"""One torch.distributed.checkpoint tree per checkpoint, committed by a file written last.
+
+``checkpoints/step-00000052/`` counts only once it holds ``commit.json``: object stores have
+no rename, so the marker is the commit. What has none is debris of a killed run and is
+removed by the next one.
+"""
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+
+from cnsdiff_dist import storage
+from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.world import World
+
+_COMMIT = "commit.json"
+_NAME = re.compile(r"^step-(\d{8,})$")
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A committed checkpoint: its global step, its URL, and the JSON written with it."""
+
+    step: int
+    url: str
+    record: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of a run directory."""
+
+    def __init__(self, run_url: str, world: World) -> None:
+        self._url, self._world = storage.join(run_url, "checkpoints"), world
+
+    def committed(self) -> list[Commit]:
+        """Every committed checkpoint, oldest first; the same on every rank."""
+        return [Commit(**entry) for entry in self._world.broadcast(self._scan())]
+
+    def _scan(self) -> list[dict[str, Any]]:
+        if not self._world.is_main:
+            return []
+        found = []
+        for path in storage.list_files(self._url):
+            name, _, file = path.partition("/")
+            match = _NAME.match(name)
+            if match and file == _COMMIT:
+                url = storage.join(self._url, name)
+                found.append({"step": int(match[1]), "url": url, "record": _read_commit(url)})
+        return sorted(found, key=lambda entry: entry["step"])
+
+    def save(self, step: int, state: dict[str, Any], record: dict[str, Any]) -> None:
+        """Write and commit. Collective.
+
+        Raises:
+            UserError: a rank cannot write; no commit is left.
+        """
+        url = storage.join(self._url, f"step-{step:08d}")
+        if self._world.is_main:
+            storage.delete_tree(url)  # debris of a run that was killed at this very step
+        self._world.barrier()
+        try:
+            with _one_line(url, "write"):
+                dcp.save(state, storage_writer=FsspecWriter(url))
+        except UserError:
+            if self._world.is_main:
+                storage.delete_tree(url)
+            raise
+        if self._world.is_main:
+            storage.write_text(f"{url}/{_COMMIT}", json.dumps(record, indent=2) + "\n")
+        self._world.barrier()
+
+    def load(self, commit: Commit, state: dict[str, Any]) -> None:
+        """Fill ``state`` in place from a checkpoint saved at any world size. Collective.
+
+        Raises:
+            UserError: unreadable, or of a model with other shapes.
+        """
+        with _one_line(commit.url, "read"):
+            dcp.load(state, storage_reader=FsspecReader(commit.url))
+
+    def prune(self, keep: int, best_step: int | None) -> None:
+        """Delete all but the newest ``keep`` and the best, and what was never committed."""
+        if not self._world.is_main:
+            return
+        steps = [commit["step"] for commit in self._scan()]
+        kept = {f"step-{step:08d}" for step in [*steps[-keep:], best_step] if step is not None}
+        for name in {path.partition("/")[0] for path in storage.list_files(self._url)}:
+            if _NAME.match(name) and name not in kept:
+                # The marker first: a half-deleted checkpoint must not look committed.
+                storage.delete_tree(f"{self._url}/{name}/{_COMMIT}")
+                storage.delete_tree(f"{self._url}/{name}")
+
+
+def _read_commit(url: str) -> dict[str, Any]:
+    where = f"{url}/{_COMMIT}"
+    try:
+        record: dict[str, Any] = json.loads(storage.read_text(where))
+    except ValueError:
+        raise UserError(f"{storage.display(where)}: not JSON; delete this checkpoint") from None
+    return record
+
+
+@contextmanager
+def _one_line(url: str, action: str) -> Iterator[None]:
+    """Quiet DCP's planner, and name the cause of a rank's failure in one line."""
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+    where = storage.display(url)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except CheckpointException as error:
+            rank, (cause, _) = next(iter(error.failures.items()))
+            reason = storage.explain(cause, url, action)
+            raise UserError(f"{reason} (rank {rank})") from error
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{where}: cannot {action} the checkpoint: {reason}") from error

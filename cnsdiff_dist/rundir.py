@@ -1,0 +1,123 @@
+"""A run directory: its layout, and whether a config and a dataset may continue it.
+
+config.yaml        the resolved config          dataset.json   the dataset's digest
+environment.json   versions, revision, world    metrics.jsonl  one line per log and evaluation
+checkpoints/       see parallel/checkpoint.py   evaluations/   SPLIT.json
+"""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cnsdiff_dist import storage
+from cnsdiff_dist.config import Config, dump_config, parse_config
+from cnsdiff_dist.data.schema import Manifest
+from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.world import World
+
+# A run may be continued under another value of these: they do not change what is learned,
+# or, like the number of epochs, only how long.
+_MAY_CHANGE = {
+    "data.url", "data.prefetch_blocks", "run.dir", "run.timeout_seconds", "train.epochs",
+    "train.patience", "train.log_every", "checkpoint.every_steps", "checkpoint.keep",
+    "evaluation.users_per_chunk",
+}  # fmt: skip
+
+
+def open_run(config: Config, manifest: Manifest, world: World) -> None:
+    """Create the run directory, or check that this config and dataset continue it.
+
+    Raises:
+        UserError: it belongs to another dataset or config, or cannot be written.
+    """
+    if world.is_main:
+        _check_or_create(config, manifest, world)
+    world.barrier()
+
+
+def _check_or_create(config: Config, manifest: Manifest, world: World) -> None:
+    url = config.run.dir
+    saved = f"{url}/config.yaml"
+    if storage.exists(saved):
+        check_dataset(url, manifest)
+        _check_same(read_config(url), config, storage.display(saved))
+    else:
+        dataset = {"name": manifest.name, "digest": manifest.digest}
+        storage.write_text(f"{url}/dataset.json", json.dumps(dataset, indent=2) + "\n")
+    storage.write_text(f"{url}/environment.json", json.dumps(_environment(world), indent=2) + "\n")
+    storage.write_text(saved, dump_config(config))
+
+
+def read_config(url: str) -> Config:
+    """The resolved config of a run.
+
+    Raises:
+        UserError: there is no run there.
+    """
+    path = f"{url}/config.yaml"
+    if not storage.exists(path):
+        raise UserError(f"{storage.display(url)}: no run here (no config.yaml)")
+    return parse_config(yaml.safe_load(storage.read_text(path)), storage.display(path))
+
+
+def check_dataset(url: str, manifest: Manifest) -> None:
+    """
+    Raises:
+        UserError: the run was trained on another dataset.
+    """
+    saved = json.loads(storage.read_text(f"{url}/dataset.json"))
+    if saved["digest"] != manifest.digest:
+        raise UserError(
+            f"{storage.display(url)}: this run was trained on another dataset ({saved['name']}, "
+            f"digest {saved['digest'][:12]}, not {manifest.digest[:12]}); choose another run.dir"
+        )
+
+
+def _check_same(saved: Config, config: Config, where: str) -> None:
+    old, new = _flat(saved), _flat(config)
+    for key in old:
+        if key not in _MAY_CHANGE and old[key] != new[key]:
+            raise UserError(
+                f"{where}: this run has {key}={old[key]}, not {new[key]}; "
+                "choose another run.dir, or set it back"
+            )
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    tree = config.model_dump(mode="json")
+    return {f"{name}.{key}": tree[name][key] for name in tree for key in tree[name]}
+
+
+def _environment(world: World) -> dict[str, Any]:
+    names = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "pyarrow", "fsspec")
+    versions = {}
+    for name in ("cnsdiff_dist", *names):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "packages": versions,
+        "python": platform.python_version(),
+        "git_revision": git_revision(),
+        "world_size": world.size,
+        "device": world.device.type,
+    }
+
+
+def git_revision() -> str | None:
+    """The commit of the code that runs, with ``+`` when files differ from it."""
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        revision = git("rev-parse", "HEAD")
+        return revision + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

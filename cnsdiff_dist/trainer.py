@@ -1,0 +1,246 @@
+"""The training loop: batches -> embeddings -> negatives -> losses -> updates -> checkpoints.
+
+Shapes: B rows of this rank, M candidates a row, D embedding dim.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnsdiff_dist import losses
+from cnsdiff_dist.config import Config
+from cnsdiff_dist.data.graph import GraphArrays
+from cnsdiff_dist.data.plan import EpochPlan, local_streams
+from cnsdiff_dist.data.schema import Manifest
+from cnsdiff_dist.data.stream import Batch, TrainStream
+from cnsdiff_dist.draws import Draws
+from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.evaluator import Evaluator
+from cnsdiff_dist.parallel.checkpoint import Checkpoints, Commit
+from cnsdiff_dist.parallel.dense import DenseEngine
+from cnsdiff_dist.recommender import Recommender
+from cnsdiff_dist.reporting import Reporter
+from cnsdiff_dist.samplers.protocol import Latents
+from cnsdiff_dist.samplers.registry import make_sampler
+from cnsdiff_dist.world import World
+
+
+@dataclass
+class Progress:
+    """Where a training is: all that resuming needs besides the tensors."""
+
+    step: int = 0
+    best: float = -math.inf
+    best_step: int = 0
+    evaluations_since_best: int = 0
+
+
+class Trainer:
+    """Trains one run. Every method is collective.
+
+    Raises:
+        UserError: from the constructor, when the world size does not divide the streams.
+    """
+
+    def __init__(
+        self, config: Config, manifest: Manifest, graph: GraphArrays, world: World
+    ) -> None:
+        self.config, self.world = config, world
+        self._manifest, self._degree = manifest, np.diff(graph.item_indptr)
+        data = config.data
+        self._plan = EpochPlan(
+            manifest.train.rows, config.train.batch, data.streams, data.block_rows, config.run.seed
+        )
+        streams = local_streams(data.streams, world.rank, world.size)
+        self._stream = TrainStream(data.url, manifest, self._plan, streams, data.prefetch_blocks)
+        self.recommender = Recommender(config, manifest, graph, world)
+        self._sampler = make_sampler(config, graph, manifest.environments, world)
+        rows = config.train.batch // world.size
+        self.dense = DenseEngine(self._sampler.network, config.generator, rows)
+        self._sampler.network = self.dense.network
+        self._evaluator = Evaluator(
+            data.url, manifest, graph, config.train.select_split, config.evaluation, world
+        )
+        self.checkpoints = Checkpoints(config.run.dir, world)
+        self.progress = Progress()
+        self._meter = _Meter(world)
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.train.epochs * self._plan.steps
+
+    @property
+    def finished(self) -> bool:
+        exhausted = self.progress.evaluations_since_best >= self.config.train.patience
+        return exhausted or self.progress.step >= self.total_steps
+
+    def resume(self) -> Commit | None:
+        """Continue from the newest committed checkpoint, if there is one."""
+        commits = self.checkpoints.committed()
+        if not commits:
+            return None
+        state = self.state()
+        self.checkpoints.load(commits[-1], state)
+        self.dense.load_state(state["dense"])
+        self.progress = Progress(**commits[-1].record["progress"])
+        return commits[-1]
+
+    def state(self) -> dict[str, Any]:
+        """The checkpoint tree: table shards (live) and the dense part (a copy)."""
+        return {"tables": self.recommender.tables.state(), "dense": self.dense.state()}
+
+    def fit(self, reporter: Reporter | None) -> None:
+        """Train until finished; ``reporter`` is rank 0's."""
+        while not self.finished:
+            epoch, first = divmod(self.progress.step, self._plan.steps)
+            for batch in self._stream.batches(epoch, first):
+                self._meter.add(self.step(batch))
+                self.progress.step += 1
+                if reporter:
+                    reporter.advance()
+                self._after_step(epoch, batch.step, reporter)
+                if self.finished:
+                    break
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One update of tables and generator on a global batch.
+
+        Returns:
+            This rank's part of each observed mean over the global batch, on the device.
+        """
+        config, device = self.config, self.world.device
+        self._set_learning_rates()
+        key = (config.run.seed, batch.epoch, batch.step)
+        draws = Draws(key, batch.streams, batch.width, device)
+        candidates = self._sampler.candidates(batch, draws)
+        latents, l2_B = self._encode(batch, candidates)
+        negatives = self._sampler.negatives(
+            latents, draws, self.progress.step / self.total_steps
+        )
+        terms = {
+            "bpr": losses.bpr(latents.user_BD, latents.positive_BD, negatives.vector_BD),
+            "l2": config.loss.l2 * l2_B,
+            **negatives.terms,
+        }
+        share_B = latents.weight / batch.valid_rows
+        loss = torch.stack(list(terms.values())).sum(0) @ share_B
+        # Gradients are averaged over ranks; the mean over the global batch is a sum over them.
+        self.dense.backward(loss * self.world.size)
+        self.dense.step()
+        observed = {"loss": loss.detach(), "rows": latents.weight.sum()}
+        for name, value_B in (terms | negatives.observed).items():
+            observed[name] = value_B.detach() @ share_B
+        return observed
+
+    def _encode(self, batch: Batch, candidates: np.ndarray) -> tuple[Latents, Tensor]:
+        """Look up and encode users, positives and candidates in one go."""
+        rows, per_row = candidates.shape
+        items = np.concatenate([batch.items, candidates.ravel()])
+        h, half_square = self.recommender.encode(batch.users, items)
+        user_BD, positive_BD, candidate = h.split([rows, rows, rows * per_row])
+        user_B, positive_B, candidate_B = half_square.split([rows, rows, rows * per_row])
+        device = self.world.device
+        environment = self._manifest.environment_of(self._degree[batch.items])
+        latents = Latents(
+            user_BD,
+            positive_BD,
+            candidate.view(rows, per_row, -1),
+            torch.from_numpy(environment).to(device),
+            torch.from_numpy(batch.weight).to(device),
+            len(batch.streams),
+        )
+        return latents, user_B + positive_B + candidate_B.view(rows, per_row).mean(1)
+
+    def _set_learning_rates(self) -> None:
+        warmup = self.config.train.warmup_steps
+        if self.progress.step <= warmup:
+            factor = min(1.0, (self.progress.step + 1) / max(warmup, 1))
+            self.recommender.tables.scale_lr(factor)
+            self.dense.scale_lr(factor)
+
+    def _after_step(self, epoch: int, step_in_epoch: int, reporter: Reporter | None) -> None:
+        step = self.progress.step
+        if step % self.config.train.log_every == 0 or step == self.total_steps:
+            values = self._meter.read(step)
+            if reporter:
+                reporter.log(step, epoch, values)
+        evaluated = self._is_evaluation(step_in_epoch + 1)
+        self._meter.pause()
+        if evaluated:
+            self._evaluate(epoch, reporter)
+        every = self.config.checkpoint.every_steps
+        if evaluated or (every and step % every == 0):
+            self._save(reporter)
+        self._meter.go_on()
+
+    def _is_evaluation(self, done: int) -> bool:
+        """Whether ``done`` steps of an epoch end one of its evaluation periods."""
+        times, steps = self.config.train.evaluations_per_epoch, self._plan.steps
+        return done * times // steps > (done - 1) * times // steps
+
+    def _evaluate(self, epoch: int, reporter: Reporter | None) -> None:
+        result = self._evaluator(*self.recommender.encode_all())
+        value = result["metrics"][self.config.train.select_metric]
+        progress = self.progress
+        better = value > progress.best
+        if better:
+            progress.best, progress.best_step = value, progress.step
+        progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
+        if reporter:
+            reporter.evaluation(progress.step, epoch, result, better)
+
+    def _save(self, reporter: Reporter | None) -> None:
+        if reporter:
+            reporter.publish()
+        progress = asdict(self.progress)
+        if not math.isfinite(self.progress.best):
+            progress.pop("best")  # JSON has no infinity; the default is the same
+        record = {"progress": progress, "world_size": self.world.size}
+        self.checkpoints.save(self.progress.step, self.state(), record)
+        best = self.progress.best_step or None
+        self.checkpoints.prune(self.config.checkpoint.keep, best)
+
+
+class _Meter:
+    """Means of what steps return since the last reading, over all ranks, and their pace."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sums: dict[str, Tensor] = {}
+        self._steps, self._seconds, self._since = 0, 0.0, time.monotonic()
+
+    def add(self, observed: dict[str, Tensor]) -> None:
+        for name, value in observed.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._steps += 1
+
+    def pause(self) -> None:
+        """Evaluations and checkpoints are not training time."""
+        self._seconds += time.monotonic() - self._since
+
+    def go_on(self) -> None:
+        self._since = time.monotonic()
+
+    def read(self, step: int) -> dict[str, float]:
+        """The means, and samples per second of all ranks together. Collective.
+
+        Raises:
+            UserError: the loss is not a finite number.
+        """
+        self.pause()
+        totals = self._world.sum(torch.stack(list(self._sums.values()))).tolist()
+        values = dict(zip(self._sums, totals, strict=True))
+        pace = values.pop("rows") / self._seconds
+        means = {name: value / self._steps for name, value in values.items()}
+        if not math.isfinite(means["loss"]):
+            raise UserError(
+                f"the loss is {means['loss']} near step {step}; lower tables.lr or generator.lr"
+            )
+        self._sums, self._steps, self._seconds = {}, 0, 0.0
+        self.go_on()
+        return {**means, "samples_per_second": pace}
