@@ -44,57 +44,105 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--name", default="", help="name in the manifest; default: OUT's last part")
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset in OUT")
     parser.add_argument(
-        "--memory-limit", default="4GB", metavar="SIZE",
+        "--memory-limit",
+        default="4GB",
+        metavar="SIZE",
         help="memory for sorts and joins; beyond it they spill to disk (default %(default)s)",
-    )  # fmt: skip
+    )
     parser.set_defaults(run=run)
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("input: one of --log, --train, --synthetic")
     group.add_argument("--log", nargs="+", metavar="FILE", help="one log; quoted globs are fine")
-    group.add_argument("--uniform", nargs="+", metavar="FILE",
-                       help="beside --log: a log of uniformly exposed items, to be test_ood")  # fmt: skip
+    group.add_argument(
+        "--uniform",
+        nargs="+",
+        metavar="FILE",
+        help="beside --log: uniformly exposed items, to be test_ood",
+    )
     for split in SPLITS:
         group.add_argument(_flag(split), nargs="+", metavar="FILE", help=f"a ready {split} split")
     group.add_argument("--synthetic", action="store_true", help="generate data with known truth")
-    group.add_argument("--users", type=_count, default=World.users, metavar="N",
-                       help="of --synthetic (default %(default)s)")  # fmt: skip
-    group.add_argument("--items", type=_count, default=World.items, metavar="N",
-                       help="of --synthetic (default %(default)s)")  # fmt: skip
+    group.add_argument(
+        "--users",
+        type=_count,
+        default=World.users,
+        metavar="N",
+        help="of --synthetic (default %(default)s)",
+    )
+    group.add_argument(
+        "--items",
+        type=_count,
+        default=World.items,
+        metavar="N",
+        help="of --synthetic (default %(default)s)",
+    )
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how to read the logs")
-    group.add_argument("--format", choices=FORMATS, default="auto",
-                       help="auto: by extension, then by the first line; inter: RecBole; "
-                       "triples: 'user item 1' lines (default auto)")  # fmt: skip
-    group.add_argument("--columns", metavar="NAMES",
-                       help="names of a file without header, such as user,item,rating")  # fmt: skip
+    group.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="auto",
+        help="auto: by extension, then by the first line; inter: RecBole; "
+        "triples: 'user item 1' lines (default auto)",
+    )
+    group.add_argument(
+        "--columns",
+        metavar="NAMES",
+        help="names of a file without header, such as user,item,rating",
+    )
     for role in ROLES:
         group.add_argument(f"--{role}-column", metavar="NAME", help=f"the {role} column")
-    group.add_argument("--min-rating", type=float, metavar="X",
-                       help="positives are rated X or more; default: every row is one")  # fmt: skip
-    group.add_argument("--duplicates", choices=("error", "drop"), default="error",
-                       help="a (user, item) twice in a split: stop, or keep the first")  # fmt: skip
-    group.add_argument("--unknown", choices=("error", "drop"), default="error",
-                       help="a user or item of a ready split that train has not: stop, or drop")  # fmt: skip
+    group.add_argument(
+        "--min-rating",
+        type=float,
+        metavar="X",
+        help="positives are rated X or more; default: every row is one",
+    )
+    group.add_argument(
+        "--duplicates",
+        choices=("error", "drop"),
+        default="error",
+        help="a (user, item) twice in a split: stop, or keep the first",
+    )
+    group.add_argument(
+        "--unknown",
+        choices=("error", "drop"),
+        default="error",
+        help="an id in a ready split but not in train: stop, or drop the row",
+    )
 
 
 def _add_splitting(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how to split; fractions are of the rows still in train")
-    group.add_argument("--shift", choices=SHIFTS,
-                       help="what differs between train and test_ood; needed with --log. "
-                       "With --train it shapes valid_ood (default popularity)")  # fmt: skip
+    group.add_argument(
+        "--shift",
+        choices=SHIFTS,
+        help="what differs between train and test_ood; needed with --log. "
+        "With --train it shapes valid_ood (default popularity)",
+    )
     for flag, default, what in (
         ("--test-fraction", 0.2, "for test_ood, then for test_iid"),
         ("--valid-fraction", 0.1, "for valid_iid, if it is not given"),
         ("--valid-ood-fraction", 0.1, "for valid_ood, if it is not given"),
     ):
-        group.add_argument(flag, type=_fraction, default=default, metavar="F",
-                           help=f"{what}; 0 for none (default %(default)s)")  # fmt: skip
-    group.add_argument("--environments", type=_count, default=5, metavar="N",
-                       help="popularity buckets of items (default %(default)s)")  # fmt: skip
+        group.add_argument(
+            flag,
+            type=_fraction,
+            default=default,
+            metavar="F",
+            help=f"{what}; 0 for none (default %(default)s)",
+        )
+    group.add_argument(
+        "--environments",
+        type=_count,
+        default=5,
+        metavar="N",
+        help="popularity buckets of items (default %(default)s)",
+    )
     group.add_argument("--seed", type=_natural, default=0, metavar="S", help="default 0")
 
 
@@ -174,8 +222,7 @@ def _sources(args: argparse.Namespace) -> tuple[dict[str, list[str]], str | None
     if args.uniform and not args.log:
         raise UserError("--uniform goes with --log, the biased log; give both")
     if args.synthetic:
-        # Its two logs are a biased and a uniform one: the sources need test_ood to say so.
-        return {"test_ood": []}, "exposure"
+        return {}, "exposure"  # it writes a biased and a uniform log
     if given:
         if not args.train:
             raise UserError(f"{_flag(next(iter(given)))} goes with --train; give both")

@@ -117,8 +117,7 @@ def _split_rows(
     listed = ", ".join(f'"{column}"::BIGINT AS "{column}"' for column in columns)
     return _query(
         db,
-        f"SELECT {listed} FROM rows WHERE split = {SPLITS.index(name)} "
-        f"ORDER BY {order}",
+        f"SELECT {listed} FROM rows WHERE split = {SPLITS.index(name)} ORDER BY {order}",
     )
 
 
@@ -138,9 +137,7 @@ def _degrees(db: duckdb.DuckDBPyConnection, table: str, side: str) -> npt.NDArra
     return np.asarray(found, np.int64)
 
 
-def _write_ids(
-    db: duckdb.DuckDBPyConnection, built: Path, table: str, edges: list[int]
-) -> Split:
+def _write_ids(db: duckdb.DuckDBPyConnection, built: Path, table: str, edges: list[int]) -> Split:
     bucket = " + ".join(["0", *(f"(degree >= {edge})::BIGINT" for edge in edges)])
     environment = f", ({bucket})::BIGINT AS environment" if table == "items" else ""
     rows = _query(

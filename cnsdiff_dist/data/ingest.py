@@ -93,7 +93,7 @@ def _value(log: Log, role: str) -> str:
     if role in ("user", "item"):
         if not (text or pa.types.is_integer(kind)):
             raise _wrong_type(log, role, kind, "integers or text")
-        return f'nullif(trim("{role}"), \'\')' if text else f'"{role}"::VARCHAR'
+        return f"nullif(trim(\"{role}\"), '')" if text else f'"{role}"::VARCHAR'
     if not (text or _numeric(kind) or (role == "timestamp" and pa.types.is_timestamp(kind))):
         raise _wrong_type(log, role, kind, "numbers")
     if role == "rating":
@@ -121,9 +121,11 @@ def _wrong_type(log: Log, role: str, kind: pa.DataType, wanted: str) -> UserErro
 def _problem(log: Log, role: str) -> str:
     """SQL that describes what is wrong with the column's value, NULL when it is fine."""
     column, value = log.roles[role].replace("'", "''"), _value(log, role)
-    shown = f"left(\"{role}\"::VARCHAR, {_SHOWN})"
+    shown = f'left("{role}"::VARCHAR, {_SHOWN})'
     if role in ("user", "item"):
-        return f"CASE WHEN {value} IS NULL THEN 'column {column}: empty id; fill or drop the row' END"
+        return (
+            f"CASE WHEN {value} IS NULL THEN 'column {column}: empty id; fill or drop the row' END"
+        )
     wrong = f"concat('column {column}: ''', {shown}, ''' is not "
     fix = "; correct or drop the row')"
     if role == "timestamp":

@@ -7,25 +7,22 @@ and every draw is a hash of (seed, user, item): the bytes do not depend on threa
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import duckdb
 
 from cnsdiff_dist import storage
-from cnsdiff_dist.data import export, writer
+from cnsdiff_dist.data import export, stages, writer
 from cnsdiff_dist.data.dataset import MANIFEST
-from cnsdiff_dist.data.ingest import Say, create_raw, ingest, place
+from cnsdiff_dist.data.ingest import Say, create_raw, ingest
 from cnsdiff_dist.data.readers import Log, LogFormat
 from cnsdiff_dist.data.schema import SPLITS, Manifest
-from cnsdiff_dist.data.shifts import order, share, uniform
 from cnsdiff_dist.data.synthetic import World, write_logs, write_truth
 from cnsdiff_dist.errors import UserError
 
 TRAIN = 0
-# A pair that is in several splits stays in the first of these.
-_PRECEDENCE = ("train", "test_iid", "test_ood", "valid_iid", "valid_ood")
 
 
 @dataclass(frozen=True)
@@ -115,10 +112,8 @@ def _database(room: Path, recipe: Recipe, say: Say) -> Iterator[duckdb.DuckDBPyC
 
 
 def _close(db: duckdb.DuckDBPyConnection) -> None:
-    try:
+    with suppress(duckdb.Error):  # closing flushes, which fails on a full disk
         db.close()
-    except duckdb.Error:
-        pass  # closing flushes, which fails on a full disk; the file is about to be deleted
 
 
 def _build(
@@ -137,20 +132,20 @@ def _build(
     create_raw(db)
     logs = ingest(db, files, recipe.how, say)
     timed = _check_columns(recipe, logs, files)
-    dropped = _clean(db, recipe, logs)
+    export.code_ids(db)
+    dropped = stages.clean(db, logs, recipe.min_rating, recipe.drop_duplicates)
     say(f"dropped {_counts(dropped)}")
     if _cuts_future(recipe):
-        _cut(db, recipe, "test_ood", "temporal", recipe.test_fraction, protect=False)
-    dropped["cold"] = _drop_cold(db, recipe, logs)
-    if not _count(db, "train"):
-        raise UserError(
-            f"{storage.display(files[0][1])}: no train row is left; check --min-rating and the files"
-        )
+        stages.cut(db, "test_ood", "temporal", recipe.test_fraction, recipe.seed)
+    allowed = recipe.drop_unknown or not recipe.given
+    dropped["cold"] = stages.drop_cold(db, logs, allowed)
+    if not stages.count(db, "train"):
+        raise UserError(f"{storage.display(files[0][1])}: no train row is left; lower --min-rating")
     export.number_ids(db)
-    _protect(db, recipe.seed)
+    stages.protect(db, recipe.seed)
     for split, shift, fraction in _cuts(recipe, sources):
-        _cut(db, recipe, split, shift, fraction)
-        say(f"cut {split}: {_count(db, split):,} rows by {shift} order")
+        stages.cut(db, split, shift, fraction, recipe.seed)
+        say(f"cut {split}: {stages.count(db, split):,} rows by {shift} order")
     say("writing splits, id maps and graph")
     with storage.explained(recipe.out, "write"):
         parts = export.write_parts(db, built, recipe.seed, recipe.environments, timed)
@@ -175,88 +170,6 @@ def _check_columns(recipe: Recipe, logs: list[Log], files: list[tuple[int, str]]
     return all("timestamp" in log.roles for log in logs)
 
 
-def _clean(db: duckdb.DuckDBPyConnection, recipe: Recipe, logs: list[Log]) -> dict[str, int]:
-    """``raw`` to ``rows``: ids as numbers, and none of the rows that are not to be used."""
-    export.code_ids(db)
-    rank = "CASE split " + " ".join(
-        f"WHEN {SPLITS.index(name)} THEN {place}" for place, name in enumerate(_PRECEDENCE)
-    )
-    low = "false" if recipe.min_rating is None else f"rating < {recipe.min_rating!r}"
-    db.execute(f"""
-        CREATE TABLE judged AS
-        SELECT *, CASE WHEN nth > 1 THEN 'duplicate' WHEN rank > first THEN 'in_other_split'
-                       WHEN {low} THEN 'below_min_rating' END AS reason
-        FROM (SELECT *, min(rank) OVER pair AS first,
-                     row_number() OVER (PARTITION BY "user", item, split ORDER BY file, line) AS nth
-              FROM (SELECT *, {rank} END AS rank FROM coded)
-              WINDOW pair AS (PARTITION BY "user", item))
-    """)
-    db.execute("DROP TABLE coded")
-    found = dict(db.execute("SELECT reason, count(*) FROM judged GROUP BY reason").fetchall())
-    if found.get("duplicate") and not recipe.drop_duplicates:
-        raise _duplicate(db, logs)
-    db.execute(
-        "CREATE TABLE rows AS SELECT split, \"user\", item, \"timestamp\", file, line, "
-        "false AS kept FROM judged WHERE reason IS NULL"
-    )
-    db.execute("DROP TABLE judged")
-    reasons = ("duplicate", "in_other_split", "below_min_rating")
-    return {reason: found.get(reason, 0) for reason in reasons}
-
-
-def _duplicate(db: duckdb.DuckDBPyConnection, logs: list[Log]) -> UserError:
-    ((file, line, other_file, other, user, item),) = db.execute("""
-        SELECT b.file, b.line, a.file, a.line, u.id, i.id FROM judged b
-        JOIN judged a ON a."user" = b."user" AND a.item = b.item AND a.split = b.split AND a.nth = 1
-        JOIN users u ON u.code = b."user" JOIN items i ON i.code = b.item
-        WHERE b.nth > 1 ORDER BY b.file, b.line LIMIT 1
-    """).fetchall()
-    return UserError(
-        f"{place(logs[file], line)}: user {user}, item {item} again, after "
-        f"{place(logs[other_file], other)}; --duplicates drop keeps the first"
-    )
-
-
-def _drop_cold(db: duckdb.DuckDBPyConnection, recipe: Recipe, logs: list[Log]) -> int:
-    """Drop the rows outside train whose user or item is not in train; count them."""
-    db.execute("""
-        CREATE TEMP TABLE warm AS
-        SELECT DISTINCT 'user' AS side, "user" AS code FROM rows WHERE split = 0
-        UNION ALL SELECT DISTINCT 'item', item FROM rows WHERE split = 0
-    """)
-    unknown = {
-        side: f'"{side}" NOT IN (SELECT code FROM warm WHERE side = \'{side}\')'
-        for side in ("user", "item")
-    }
-    if recipe.given and not recipe.drop_unknown:
-        for side, condition in unknown.items():
-            bad = db.execute(
-                f'SELECT file, line, id FROM rows JOIN {side}s ON code = "{side}" '
-                f"WHERE {condition} ORDER BY file, line LIMIT 1"
-            ).fetchall()
-            for file, line, name in bad:
-                raise UserError(
-                    f"{place(logs[file], line)}: {side} {name} is not in train; "
-                    "--unknown drop leaves such rows out"
-                )
-    before = _count(db)
-    db.execute(f"CREATE TABLE warm_rows AS SELECT * FROM rows WHERE NOT ({' OR '.join(unknown.values())})")
-    db.execute("DROP TABLE rows; DROP TABLE warm; ALTER TABLE warm_rows RENAME TO rows")
-    return before - _count(db)
-
-
-def _protect(db: duckdb.DuckDBPyConnection, seed: int) -> None:
-    """Mark the first row of every user and item: cuts leave it in train, so nobody turns cold."""
-    first = f'"timestamp", {uniform(seed, "protect")}, "user", item) = 1'
-    db.execute(f"""
-        CREATE TABLE marked AS SELECT * REPLACE (
-            row_number() OVER (PARTITION BY split, "user" ORDER BY {first}
-            OR row_number() OVER (PARTITION BY split, item ORDER BY {first} AS kept)
-        FROM rows
-    """)
-    db.execute("DROP TABLE rows; ALTER TABLE marked RENAME TO rows")
-
-
 def _cuts_future(recipe: Recipe) -> bool:
     return not recipe.given and recipe.shift == "temporal"
 
@@ -272,38 +185,6 @@ def _cuts(recipe: Recipe, sources: dict[str, list[str]]) -> list[tuple[str, str,
     ]
     wanted = [cut for cut in cuts if cut[2] > 0 and cut[0] not in sources]
     return [cut for cut in wanted if not recipe.given or cut[0].startswith("valid")]
-
-
-def _cut(
-    db: duckdb.DuckDBPyConnection,
-    recipe: Recipe,
-    split: str,
-    shift: str,
-    fraction: float,
-    protect: bool = True,
-) -> None:
-    """Move the first rows of train, in the shift's order, to another split."""
-    db.execute(f"""
-        CREATE TEMP TABLE taken AS SELECT "user", item
-        FROM rows JOIN (SELECT item, count(*) AS degree FROM rows WHERE split = 0 GROUP BY item)
-             USING (item)
-        WHERE split = 0 AND NOT ({protect} AND kept)
-        ORDER BY {order(shift, recipe.seed, split)}, "user", item
-        LIMIT {share(_count(db, "train"), fraction)}
-    """)
-    db.execute(f"""
-        CREATE TABLE cut AS SELECT rows.* REPLACE (
-            CASE WHEN taken.item IS NULL THEN split ELSE {SPLITS.index(split)} END AS split)
-        FROM rows LEFT JOIN taken
-            ON split = 0 AND taken."user" = rows."user" AND taken.item = rows.item
-    """)
-    db.execute("DROP TABLE rows; DROP TABLE taken; ALTER TABLE cut RENAME TO rows")
-
-
-def _count(db: duckdb.DuckDBPyConnection, split: str | None = None) -> int:
-    where = "" if split is None else f"WHERE split = {SPLITS.index(split)}"
-    ((rows,),) = db.execute(f"SELECT count(*) FROM rows {where}").fetchall()
-    return int(rows)
 
 
 def _counts(dropped: dict[str, int]) -> str:

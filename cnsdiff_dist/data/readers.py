@@ -168,9 +168,7 @@ def _names(how: LogFormat, kind: str, first: list[str]) -> tuple[list[str], bool
     return [name.split(":")[0] if kind == "inter" else name for name in first], True
 
 
-def _roles(
-    url: str, names: list[str], how: LogFormat, headless: bool = False
-) -> dict[str, str]:
+def _roles(url: str, names: list[str], how: LogFormat, headless: bool = False) -> dict[str, str]:
     by_lower = {name.lower(): name for name in reversed(names)}
     found: dict[str, str] = {}
     for role in ROLES:

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cnsdiff_dist.errors import UserError
 
-SCHEMA_VERSION = 1
 SPLITS = ("train", "valid_iid", "valid_ood", "test_iid", "test_ood")
 
 INTERACTION_SCHEMA = pa.schema([("user", pa.int64()), ("item", pa.int64())])

@@ -113,7 +113,7 @@ def publish(built: Path, out: str) -> None:
         storage.delete_tree(storage.join(out, part))
     done = []
     try:
-        for part in sorted(set(os.listdir(built)) - {MANIFEST}) + [MANIFEST]:
+        for part in [*sorted(set(os.listdir(built)) - {MANIFEST}), MANIFEST]:
             done.append(part)
             _move(built / part, storage.join(out, part))
     except BaseException:
