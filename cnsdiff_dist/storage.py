@@ -106,17 +106,25 @@ def explain(error: BaseException, url: str, action: str) -> UserError:
     if isinstance(error, PermissionError):
         return UserError(f"{where}: cannot {action}: permission denied; check rights and keys")
     if isinstance(error, ImportError):
-        return UserError(f"{where}: cannot {action}: {_line(error)}")
+        return UserError(f"{where}: cannot {action}: {_line(error, url)}")
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return UserError(f"{where}: cannot {action}: a file is in the way; choose another path")
     if isinstance(error, ValueError) and "rotocol" in str(error):
         return UserError(
             f"{where}: cannot {action}: unknown protocol {protocol(url)!r}; "
             "use a path, s3://, gs://, or another one that fsspec knows"
         )
-    return UserError(f"{where}: cannot {action}: {_line(error)}")
+    return UserError(f"{where}: cannot {action}: {_line(error, url)}")
 
 
-def _line(error: BaseException) -> str:
+def _line(error: BaseException, url: str) -> str:
+    """The error's text on one line, without the secrets of any URL, ``url``'s above all."""
     text = " ".join(str(error).split()) or type(error).__name__
+    parts = urlsplit(url)
+    login = parts.netloc.rpartition("@")[0]
+    for secret in (f"{login}@", login.partition(":")[2], f"?{parts.query}", parts.query):
+        if secret.strip("?@"):
+            text = text.replace(secret, "")
     return re.sub(r"://[^/@\s]+@", "://", text)[:300]
 
 
@@ -182,9 +190,8 @@ def open_read(url: str, compression: str | None = None) -> IO[bytes]:
     """A binary, seekable file; ``compression="infer"`` decompresses by extension."""
     with explained(url, "read"):
         fs, path = filesystem(url)
-        if fs.protocol == "file" or "file" in fs.protocol:
-            if fs.isdir(path):
-                raise UserError(f"{display(url)}: is a directory; name a file, or use a glob")
+        if is_local(url) and fs.isdir(path):
+            raise UserError(f"{display(url)}: is a directory; name a file, or use a glob")
         return _retry(fs, lambda: fs.open(path, "rb", compression=compression))
 
 
@@ -276,10 +283,13 @@ def list_files(url: str) -> list[str]:
 def glob(pattern: str) -> list[str]:
     """The URLs a pattern matches, sorted; a URL without ``*?[`` is returned as it is.
 
+    In http URLs only ``*`` is a mark: the others have a meaning of their own.
+
     Raises:
         UserError: nothing matches.
     """
-    if not any(mark in pattern for mark in "*?["):
+    marks = "*" if protocol(pattern) in ("http", "https") else "*?["
+    if not any(mark in pattern for mark in marks):
         return [pattern]
     with explained(pattern, "list"):
         fs, path = filesystem(pattern)

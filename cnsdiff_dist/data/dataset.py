@@ -65,7 +65,7 @@ def _read_shard(url: str, shard: Shard, columns: list[str] | None) -> pa.Table:
     path = storage.join(url, shard.path)
     try:
         with storage.open_read(path) as file, storage.explained(path, "read"):
-            table = pq.read_table(file, columns=columns)
+            table = pq.read_table(file, columns=columns, page_checksum_verification=True)
     except pa.ArrowException as error:
         raise _damaged(path, " ".join(str(error).split())) from None
     if table.num_rows != shard.rows:

@@ -60,7 +60,7 @@ def prepare(recipe: Recipe, say: Say) -> Manifest:
     Raises:
         UserError: bad input, or an output that cannot be written. Nothing is left behind.
     """
-    writer.refuse_existing(recipe.out, recipe.overwrite)
+    writer.check_output(recipe.out, recipe.overwrite)
     with writer.staging(recipe.out) as room:
         built = room / "dataset"
         built.mkdir()

@@ -5,6 +5,7 @@ Text formats yield strings, Parquet its own types; what the values mean is check
 .xz, .zst) and larger than memory.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _GUESSES = {
     "rating": ("rating", "ratings", "score", "stars", "overall", "label"),
     "timestamp": ("timestamp", "time", "ts", "unixreviewtime"),
 }  # fmt: skip
+_RAGGED = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")
 _BATCH_ROWS = 1 << 18
 _BLOCK_BYTES = 1 << 22
 _HEAD_BYTES = 1 << 16
@@ -83,7 +85,7 @@ def open_log(url: str, how: LogFormat) -> Iterator[Log]:
     compression = None if kind == "parquet" else "infer"
     with storage.open_read(url, compression) as file:
         with _one_line(url, kind):
-            log = _open_parquet(url, file, how) if kind == "parquet" else _open_text(
+            log = _open_parquet(url, file, how, kind) if kind == "parquet" else _open_text(
                 url, file, how, kind, head
             )  # fmt: skip
         yield log
@@ -117,15 +119,15 @@ def _kind(url: str, how: LogFormat, head: bytes) -> str:
     return "csv" if b"," in line else "triples"
 
 
-def _open_parquet(url: str, file: IO[bytes], how: LogFormat) -> Log:
-    parquet = pq.ParquetFile(file)
+def _open_parquet(url: str, file: IO[bytes], how: LogFormat, kind: str) -> Log:
+    parquet = pq.ParquetFile(file, page_checksum_verification=True)
     roles = _roles(url, parquet.schema_arrow.names, how)
     if parquet.metadata.num_rows == 0:
         raise UserError(f"{storage.display(url)}: no rows; give a file with interactions")
     names = list(roles.values())
     schema = pa.schema([parquet.schema_arrow.field(name) for name in names])
     batches = parquet.iter_batches(_BATCH_ROWS, columns=names)
-    return Log(url, "row", 1, roles, _renamed(schema, roles), _guarded(url, batches, roles))
+    return Log(url, "row", 1, roles, _renamed(schema, roles), _guarded(url, kind, batches, roles))
 
 
 def _open_text(url: str, file: IO[bytes], how: LogFormat, kind: str, head: bytes) -> Log:
@@ -144,7 +146,7 @@ def _open_text(url: str, file: IO[bytes], how: LogFormat, kind: str, head: bytes
         ),
     )
     schema = _renamed(reader.schema, roles)
-    return Log(url, "line", 1 + header, roles, schema, _guarded(url, reader, roles))
+    return Log(url, "line", 1 + header, roles, schema, _guarded(url, kind, reader, roles))
 
 
 def _text(url: str, head: bytes) -> str:
@@ -197,10 +199,10 @@ def _renamed(schema: pa.Schema, roles: dict[str, str]) -> pa.Schema:
 
 
 def _guarded(
-    url: str, batches: Iterator[pa.RecordBatch], roles: dict[str, str]
+    url: str, kind: str, batches: Iterator[pa.RecordBatch], roles: dict[str, str]
 ) -> Iterator[pa.RecordBatch]:
     rows = 0
-    with _one_line(url, "log"):
+    with _one_line(url, kind):
         for batch in batches:
             rows += len(batch)
             yield batch.select(list(roles.values())).rename_columns(list(roles))
@@ -211,18 +213,26 @@ def _guarded(
 @contextmanager
 def _one_line(url: str, kind: str) -> Iterator[None]:
     """What pyarrow and the decompressors raise, as one line that names the file."""
-    try:
-        with storage.explained(url, "read"):
+    with storage.explained(url, "read"):
+        try:
             yield
-    except UserError:
-        raise
-    except (pa.ArrowException, EOFError) as error:
-        raise _damaged(url, error) from None
+        except (pa.ArrowException, EOFError) as error:
+            raise _damaged(url, kind, error) from None
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise _damaged(url, kind, error) from None  # pyarrow's way to say: corrupt
 
 
-def _damaged(url: str, error: BaseException) -> UserError:
-    reason = " ".join(str(error).split()).removeprefix("CSV parse error: ")[:200]
+def _damaged(url: str, kind: str, error: BaseException) -> UserError:
+    where, reason = storage.display(url), " ".join(str(error).split())
+    if ragged := _RAGGED.search(reason):
+        line, wanted, found = ragged.groups()
+        return UserError(
+            f"{where}: line {line}: {found} columns, where {wanted} are expected; repair the line, "
+            "or say how to read the file with --format"
+        )
     return UserError(
-        f"{storage.display(url)}: cannot be read as a log: {reason}; "
-        "repair the file, or say what it is with --format"
+        f"{where}: damaged, or not a {kind} file ({reason[:160]}); repair it, or say what it is "
+        "with --format"
     )

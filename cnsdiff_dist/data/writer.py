@@ -34,7 +34,9 @@ def write_split(root: Path, folder: str, rows: pa.RecordBatchReader) -> Split:
         path = f"{folder}/part-{len(shards):05d}.parquet"
         (root / folder).mkdir(parents=True, exist_ok=True)
         sizes: list[int] = []
-        with pq.ParquetWriter(root / path, rows.schema, compression="zstd") as writer:
+        with pq.ParquetWriter(
+            root / path, rows.schema, compression="zstd", write_page_checksum=True
+        ) as writer:
             while group is not None and sum(sizes) < SHARD_ROWS:
                 writer.write_table(group, row_group_size=ROW_GROUP)
                 sizes.append(group.num_rows)
@@ -64,10 +66,22 @@ def describe(root: Path, path: str) -> Blob:
     return Blob(path=path, bytes=(root / path).stat().st_size, sha256=digest)
 
 
-def refuse_existing(out: str, overwrite: bool) -> None:
-    """Raises UserError if ``out`` is a dataset, or holds anything, and may not be replaced."""
-    if overwrite:
-        return
+def check_output(out: str, overwrite: bool) -> None:
+    """Find out before the work whether ``out`` can be written.
+
+    Raises:
+        UserError: ``out`` is a dataset, or holds anything, and may not be replaced; or it is
+            remote and does not accept a file.
+    """
+    if not overwrite:
+        _refuse_content(out)
+    if not storage.is_local(out):
+        probe = storage.join(out, f"{_STAGING}probe")
+        storage.write_bytes(probe, b"-")
+        storage.delete_tree(probe)
+
+
+def _refuse_content(out: str) -> None:
     if storage.exists(storage.join(out, MANIFEST)):
         raise UserError(f"{storage.display(out)}: a dataset is here; --overwrite replaces it")
     if storage.list_files(out):
