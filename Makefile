@@ -12,7 +12,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 LOCK := $(if $(filter-out 0,$(GPUS)),cuda,cpu)
 NPROC ?= $(if $(filter cuda,$(LOCK)),$(GPUS),$(if $(filter 1,$(CORES)),1,2))
-PIP := $(BIN)/python -m pip install --quiet --progress-bar off --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --progress-bar off --disable-pip-version-check
 export PYTHONUNBUFFERED := 1
 
 # A stamp is written last: an install that was cut short is done again.
@@ -26,8 +26,8 @@ help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(PACKAGE) data/demo/manifest.json  ## train and evaluate on a small synthetic dataset
-	@export OMP_NUM_THREADS=$$(( $(CORES) > $(NPROC) ? $(CORES) / $(NPROC) : 1 ))
-	echo "== train on $(NPROC) process(es)"
+	@echo "== train on $(NPROC) process(es)"
+	OMP_NUM_THREADS=$$(( $(CORES) > $(NPROC) ? $(CORES) / $(NPROC) : 1 )) \
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) \
 	    -m cnsdiff_dist train configs/demo.yaml run.dir=runs/demo
 	echo "== evaluate out of distribution"
@@ -46,7 +46,7 @@ lint: $(PACKAGE) $(DEV)  ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports --no-logo
+	$(BIN)/lint-imports --no-logo
 
 test-fast: $(PACKAGE) $(DEV)  ## the default tests (not slow, not gpu)
 	@echo "== tests"
