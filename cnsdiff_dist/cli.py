@@ -80,5 +80,5 @@ def _quiet() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("GLOG_minloglevel", "2")
-    for name in ("torchrec", "torch.distributed", "root", "DeepSpeed"):
+    for name in ("torchrec", "torch.distributed", "torch.fx", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,95 @@
+"""Metrics against a brute-force statement of each, user by user."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cnsdiff_dist.evaluator import rank
+from cnsdiff_dist.metrics import Interactions, RankingSums, top_k
+
+KS = (2, 5)
+
+
+def _brute(ranked: list[int], relevant: set[int], k: int) -> dict[str, float]:
+    hits = [item in relevant for item in ranked[:k]]
+    ideal = sum(1 / math.log2(r + 2) for r in range(min(k, len(relevant))))
+    return {
+        "recall": sum(hits) / len(relevant),
+        "ndcg": sum(h / math.log2(r + 2) for r, h in enumerate(hits)) / ideal,
+        "hit": float(any(hits)),
+        "precision": sum(hits) / k,
+    }
+
+
+@given(st.integers(0, 10_000), st.integers(1, 12), st.integers(5, 30), st.floats(0.02, 0.6))
+def test_metrics_equal_brute_force(seed: int, users: int, items: int, density: float) -> None:
+    generator = np.random.default_rng(seed)
+    relevant = generator.random((users, items)) < density
+    relevant[0, 0] = True
+    environment, degree = generator.integers(3, size=items), generator.integers(1, 9, size=items)
+    ranked = np.argsort(generator.random((users, items)), axis=1)[:, : max(KS)]
+    split = Interactions.from_pairs(*np.nonzero(relevant), (users, items))
+    sums = RankingSums(KS, 3, environment, degree)
+    for chunk in np.array_split(np.arange(users), 2):
+        sums.add(ranked[chunk], *split.of(chunk))
+    result, parts = sums.result(), sums.by_environment()
+
+    counted = [u for u in range(users) if relevant[u].any()]
+    for k in KS:
+        wanted = [_brute(list(ranked[u]), set(np.flatnonzero(relevant[u])), k) for u in counted]
+        for name in wanted[0]:
+            assert result[f"{name}@{k}"] == pytest.approx(np.mean([w[name] for w in wanted]))
+        shown = ranked[counted, :k]
+        assert result[f"coverage@{k}"] == pytest.approx(len(np.unique(shown)) / items)
+        assert result[f"popularity@{k}"] == pytest.approx(degree[shown].mean())
+        for e in range(3):
+            inside = relevant & (environment == e)
+            rows = [u for u in range(users) if inside[u].any()]
+            assert parts[e]["users"] == len(rows)
+            for name in ("recall", "ndcg", "hit", "precision"):
+                wanted_e = [_brute(list(ranked[u]), set(np.flatnonzero(inside[u])), k)[name] for u in rows]
+                assert parts[e][f"{name}@{k}"] == pytest.approx(np.mean(wanted_e) if rows else 0)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 700), st.integers(1, 30))
+def test_two_stage_top_k_is_exact(seed: int, rows: int, columns: int, k: int) -> None:
+    score = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    values, indices = top_k(score, k)
+    expected = torch.sort(score, dim=1, descending=True).values[:, : min(k, columns)]
+    assert torch.equal(values, expected)
+    assert torch.equal(score.gather(1, indices), expected)
+
+
+def test_ranking_masks_and_orders_like_a_plain_sort() -> None:
+    generator = torch.Generator().manual_seed(0)
+    user, item = torch.randn(9, 4, generator=generator), torch.randn(300, 4, generator=generator)
+    seen = np.random.default_rng(0).random((9, 300)) < 0.3
+    masks = [
+        Interactions.from_pairs(*np.nonzero(part), (9, 300))
+        for part in (seen & (np.arange(300) % 2 == 0), seen & (np.arange(300) % 2 == 1))
+    ]
+    chunks = list(rank(user, item, np.array([8, 1, 4, 0]), masks, k=7, chunk=3))
+    assert [len(users) for users, _, _ in chunks] == [3, 1]
+    for users, scores, items in chunks:
+        for u, row_scores, row_items in zip(users, scores, items, strict=True):
+            full = (item @ user[u]).numpy()
+            full[seen[u]] = -np.inf
+            best = np.argsort(-full)[:7]
+            assert row_items.tolist() == best.tolist()
+            assert row_scores == pytest.approx(full[best], rel=1e-5)
+
+
+def test_sums_survive_the_trip_over_ranks() -> None:
+    environment, degree = np.array([0, 1, 0, 1]), np.array([4, 3, 2, 1])
+    first, second = (RankingSums((1, 2), 2, environment, degree) for _ in range(2))
+    split = Interactions.from_pairs(np.array([0, 1]), np.array([2, 3]), (2, 4))
+    first.add(np.array([[2, 0]]), *split.of(np.array([0])))
+    second.add(np.array([[0, 1]]), *split.of(np.array([1])))
+    both = RankingSums((1, 2), 2, environment, degree)
+    both.load(first.to_tensor() + second.to_tensor())
+    assert both.result()["recall@1"] == pytest.approx(0.5)
+    assert both.by_environment()[1]["users"] == 1
