@@ -1,6 +1,6 @@
 """What leaves a run: embeddings and top-K lists, as Parquet with raw ids.
 
-Each rank writes its own part; the summary file is written last and says it is whole.
+Each rank writes its own part; ``_SUCCESS``, a line of JSON, is written last.
 """
 
 import json
@@ -18,11 +18,12 @@ from cnsdiff_dist.evaluator import rank, train_interactions
 from cnsdiff_dist.trained import Trained
 
 Ids = npt.NDArray[np.int64]
+_DONE = "_SUCCESS"  # readers of a Parquet directory skip names with an underscore
 
 
 def write_embeddings(model: Trained, url: str) -> None:
     """Columns ``id`` and ``embedding`` (fixed-size list of float32) per side. Collective."""
-    _begin(model, url, "export.json")
+    _begin(model, url)
     for side, table_ND in (("users", model.user_UD), ("items", model.item_ID)):
         raw = read_ids(model.data_url, model.manifest, side)["id"].combine_chunks()
         mine = np.array_split(np.arange(len(raw)), model.world.size)[model.world.rank]
@@ -32,7 +33,7 @@ def write_embeddings(model: Trained, url: str) -> None:
             model, f"{url}/{side}", pa.table({"id": raw.take(pa.array(mine)), "embedding": vectors})
         )
     counts = {"users": model.manifest.users, "items": model.manifest.items}
-    _commit(model, url, "export.json", {"dim": model.user_UD.shape[1], **counts})
+    _commit(model, url, {"dim": model.user_UD.shape[1], **counts})
 
 
 def listed_users(model: Trained, file: str | None) -> Ids:
@@ -63,7 +64,7 @@ def write_recommendations(model: Trained, url: str, users: Ids, k: int) -> int:
     Returns:
         rows written by all ranks.
     """
-    _begin(model, url, "recommend.json")
+    _begin(model, url)
     raw = {
         side: read_ids(model.data_url, model.manifest, side)["id"].combine_chunks()
         for side in ("users", "items")
@@ -88,19 +89,19 @@ def write_recommendations(model: Trained, url: str, users: Ids, k: int) -> int:
     if parts:
         _write_part(model, url, pa.concat_tables(parts))
     total = int(model.world.sum(torch.tensor([rows], device=model.world.device)))
-    _commit(model, url, "recommend.json", {"k": k, "users": len(users), "rows": total})
+    _commit(model, url, {"k": k, "users": len(users), "rows": total})
     return total
 
 
-def _begin(model: Trained, url: str, summary: str) -> None:
+def _begin(model: Trained, url: str) -> None:
     """An older output at the same place stops being whole, then stops being there."""
     if model.world.is_main:
-        for name in [summary, *(f for f in _files(url) if f != summary)]:
+        for name in [_DONE, *_parts(url)]:
             storage.delete_tree(f"{url}/{name}")
     model.world.barrier()
 
 
-def _files(url: str) -> list[str]:
+def _parts(url: str) -> list[str]:
     return [name for name in storage.list_files(url) if name.rpartition("/")[2].startswith("part-")]
 
 
@@ -109,9 +110,9 @@ def _write_part(model: Trained, url: str, table: pa.Table) -> None:
         pq.write_table(table, file)
 
 
-def _commit(model: Trained, url: str, summary: str, record: dict[str, int]) -> None:
+def _commit(model: Trained, url: str, record: dict[str, int]) -> None:
     model.world.barrier()
     if model.world.is_main:
-        text = json.dumps({"step": model.step, **record}, indent=2)
-        storage.write_text(f"{url}/{summary}", text + "\n")
+        text = json.dumps({"step": model.step, **record})
+        storage.write_text(f"{url}/{_DONE}", text + "\n")
     model.world.barrier()

@@ -15,7 +15,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="write the top-K items of all or some users as Parquet",
         description="Rank every item for the users and write URL/*.parquet with columns user, "
         "item (raw ids), score and rank (1 is best). Train items are not recommended. "
-        "URL/recommend.json is written last.",
+        "URL/_SUCCESS is written last.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,0 +1,304 @@
+"""The main job through the command line, at one process and on several ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from cnsdiff_dist.cli import main
+from cnsdiff_dist.commands.train import train
+from cnsdiff_dist.data.dataset import load_manifest, read_split
+from cnsdiff_dist.data.graph import open_graph
+from cnsdiff_dist.parallel.checkpoint import Checkpoints
+from cnsdiff_dist.parallel.dense import State
+from cnsdiff_dist.trainer import Trainer
+from cnsdiff_dist.world import World, join_world
+from tests.conftest import small_config
+from tests.ranks import files_under, run_ranks
+from tests.test_tables import gather
+
+
+def _write_config(folder: Path, dataset: str, **sections: dict[str, object]) -> str:
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(small_config(dataset, folder / "run", **sections).model_dump(mode="json")))
+    return str(path)
+
+
+def _lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    assert main(["train", _write_config(folder, dataset)]) == 0
+    return folder / "run"
+
+
+def test_a_run_leaves_its_record(trained: Path, dataset: str) -> None:
+    assert {"config.yaml", "dataset.json", "environment.json", "metrics.jsonl"} <= set(files_under(trained))
+    environment = json.loads((trained / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert environment["world_size"] == 1 and "git_revision" in environment
+    losses = [line["loss"] for line in _lines(trained, "train")]
+    assert losses[-1] < losses[0]
+    assert all(line["samples_per_second"] > 0 for line in _lines(trained, "train"))
+    assert {"bpr", "l2", "diffusion", "contrastive", "denoising_error"} <= set(_lines(trained, "train")[0])
+    assert len(_lines(trained, "valid_iid")) == 2
+    assert any("tfevents" in name for name in files_under(trained / "tensorboard"))
+
+
+def test_a_finished_run_stays_as_it_is(trained: Path, dataset: str, tmp_path: Path) -> None:
+    before = (trained / "metrics.jsonl").read_text()
+    words = ["train", _write_config(tmp_path, dataset), f"run.dir={trained}"]
+    assert main(words) == 0
+    assert (trained / "metrics.jsonl").read_text() == before
+
+
+# --- equality of what is trained ----------------------------------------------------------
+
+
+def _trainer(config: Any, world: World) -> Trainer:
+    manifest = load_manifest(config.data.url)
+    return Trainer(config, manifest, open_graph(config.data.url, manifest), world)
+
+
+def _everything(trainer: Trainer, world: World) -> tuple[dict[str, torch.Tensor], State]:
+    """Every number of a training: tables, their optimizer state, generator and Adam."""
+    tables = trainer.state()["tables"]
+    flat = {
+        f"{kind}.{name}": gather(tensor, world) if len(tensor.size()) == 2 else _gather_1d(tensor, world)
+        for kind in tables
+        for name, tensor in tables[kind].items()
+    }
+    return flat, trainer.dense.state()
+
+
+def _gather_1d(sharded: Any, world: World) -> torch.Tensor:
+    whole = torch.zeros(sharded.size())
+    for shard in sharded.local_shards():
+        start, rows = shard.metadata.shard_offsets[0], shard.metadata.shard_sizes[0]
+        whole[start : start + rows] = shard.tensor.detach()
+    return world.sum(whole)
+
+
+def _train_steps(config: Any, stop_after: int | None) -> Any:
+    """Train, or resume, in a new process group; stop dead after some steps of this process."""
+    world = join_world(60)
+    train_dir = Path(config.run.dir)
+    train_dir.mkdir(parents=True, exist_ok=True)
+    trainer = _trainer(config, world)
+    trainer.resume()
+    done, real_step = 0, trainer.step
+
+    def step(batch: Any) -> Any:
+        nonlocal done
+        if stop_after is not None and done == stop_after:
+            raise KeyboardInterrupt
+        done += 1
+        return real_step(batch)
+
+    trainer.step = step  # type: ignore[method-assign]
+    try:
+        trainer.fit(None)
+    except KeyboardInterrupt:
+        return None
+    return _everything(trainer, world)
+
+
+def _assert_same(a: Any, b: Any, exact: bool) -> None:
+    def check(x: torch.Tensor, y: torch.Tensor, where: str) -> None:
+        same = torch.equal(x, y) if exact else torch.allclose(x, y, rtol=1e-3, atol=2e-5)
+        assert same, f"{where}: {(x - y).abs().max()}"
+
+    for name in a[0]:
+        check(a[0][name], b[0][name], name)
+    assert a[1].keys() == b[1].keys()
+    for name in a[1]:
+        for key in a[1][name]:
+            check(a[1][name][key], b[1][name][key], f"{name}.{key}")
+
+
+EVERY_3 = {"every_steps": 3}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"negatives": {"kind": "uniform"}, "model": {"layers": 0}},
+        {"generator": {"zero_stage": 3}, "tables": {"optimizer": "adagrad"}},
+    ],
+    ids=["cnsdiff", "uniform-L0", "zero3-adagrad"],
+)
+def test_interrupted_and_resumed_is_bit_identical(
+    dataset: str, tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    """Killed in the middle of an epoch, between two checkpoints, and again."""
+    whole = _train_steps(small_config(dataset, tmp_path / "whole", **sections), None)
+    cut = small_config(dataset, tmp_path / "cut", checkpoint=EVERY_3, **sections)
+    assert _train_steps(cut, 7) is None
+    assert _train_steps(cut, 10) is None
+    _assert_same(_train_steps(cut, None), whole, exact=True)
+
+
+@pytest.mark.distributed
+def test_two_ranks_train_what_one_trains(dataset: str, tmp_path: Path) -> None:
+    """The same global batches, draws and updates: equal up to the order of float sums."""
+    config = small_config(dataset, tmp_path / "alone", train={"epochs": 1})
+    alone = _train_steps(config, None)
+    config = small_config(dataset, tmp_path / "two", train={"epochs": 1})
+    for rank in run_ranks(2, _train_steps, config, None):
+        _assert_same(rank, alone, exact=False)
+
+
+@pytest.mark.distributed
+def test_a_run_resumes_at_another_world_size(dataset: str, tmp_path: Path) -> None:
+    whole = _train_steps(small_config(dataset, tmp_path / "whole", train={"epochs": 1}), None)
+    config = small_config(dataset, tmp_path / "cut", checkpoint=EVERY_3, train={"epochs": 1})
+    assert run_ranks(2, _train_steps, config, 5) == [None, None]
+    _assert_same(_train_steps(config, None), whole, exact=False)
+
+
+# --- checkpoints ----------------------------------------------------------------------------
+
+
+def test_keeps_the_newest_and_the_best(dataset: str, tmp_path: Path, world: World) -> None:
+    config = small_config(
+        dataset, tmp_path / "run", checkpoint={"every_steps": 2, "keep": 2}, train={"epochs": 3, "batch": 1024}
+    )
+    trainer = _trainer(config, world)
+    (tmp_path / "run").mkdir()
+    trainer.fit(None)
+    steps = {commit.step for commit in Checkpoints(config.run.dir, world).committed()}
+    assert steps == {17, 18, trainer.progress.best_step} or len(steps) in (2, 3)
+    assert trainer.progress.best_step in steps and trainer.progress.step in steps
+
+
+def test_an_uncommitted_checkpoint_does_not_exist(dataset: str, tmp_path: Path, world: World) -> None:
+    config = small_config(dataset, tmp_path / "run", train={"epochs": 1})
+    (tmp_path / "run").mkdir()
+    trainer = _trainer(config, world)
+    trainer.fit(None)
+    newest = max((tmp_path / "run/checkpoints").iterdir())
+    torn = newest.parent / "step-00000999"
+    torn.mkdir()
+    (torn / "__0_0.distcp").write_bytes(b"half")
+    assert [c.step for c in trainer.checkpoints.committed()] == [trainer.progress.step]
+    trainer.checkpoints.prune(1, None)
+    assert not torn.exists() and newest.exists()
+
+
+def test_a_run_killed_while_it_trains_is_continued_by_the_same_command(
+    dataset: str, tmp_path: Path
+) -> None:
+    config = _write_config(tmp_path, dataset, checkpoint={"every_steps": 2}, train={"epochs": 60, "patience": 99})
+    command = [sys.executable, "-m", "cnsdiff_dist", "train", config]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = tmp_path / "run"
+    deadline = time.monotonic() + 120
+    while not list(run.glob("checkpoints/*/commit.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = subprocess.run([*command, "train.epochs=3"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    steps = [line["step"] for line in _lines(run, "train")]
+    assert steps == sorted(set(steps))  # nothing is logged twice
+
+
+# --- what leaves a run ----------------------------------------------------------------------
+
+
+def test_evaluate_writes_what_it_prints(trained: Path, dataset: str, capsys: Any) -> None:
+    assert main(["evaluate", str(trained), "--split", "test_iid", "--k", "5", "20", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    saved = json.loads((trained / "evaluations/test_iid.json").read_text())
+    assert printed == saved
+    manifest = load_manifest(dataset)
+    users, _ = read_split(dataset, manifest, "test_iid")
+    assert saved["users"] == len(np.unique(users))
+    assert saved["masked"] == ["train", "valid_iid", "valid_ood"]
+    assert set(saved["metrics"]) == {
+        f"{name}@{k}" for name in ("recall", "ndcg", "hit", "precision", "coverage", "popularity") for k in (5, 20)
+    }
+    assert sum(entry["items"] for entry in saved["environments"]) == manifest.items
+
+
+def _evaluate(run: str) -> int:
+    join_world(60)
+    return main(["evaluate", run, "--split", "test_ood"])
+
+
+@pytest.mark.distributed
+def test_two_ranks_evaluate_like_one(trained: Path) -> None:
+    path = trained / "evaluations/test_ood.json"
+    assert _evaluate(str(trained)) == 0
+    alone = json.loads(path.read_text())
+    path.unlink()
+    assert run_ranks(2, _evaluate, str(trained)) == [0, 0]
+    both = json.loads(path.read_text())
+    assert both["metrics"] == pytest.approx(alone["metrics"])
+    assert both["users"] == alone["users"]
+
+
+def test_export_and_recommend_agree_on_raw_ids(trained: Path, dataset: str, tmp_path: Path) -> None:
+    assert main(["export", str(trained), str(tmp_path / "e")]) == 0
+    assert main(["recommend", str(trained), str(tmp_path / "r"), "--k", "7"]) == 0
+    tables = {side: pq.read_table(tmp_path / "e" / side) for side in ("users", "items")}
+    vectors = {
+        side: dict(zip(table["id"].to_pylist(), np.stack(table["embedding"].to_pylist()), strict=True))
+        for side, table in tables.items()
+    }
+    manifest = load_manifest(dataset)
+    assert len(vectors["users"]) == manifest.users and len(vectors["items"]) == manifest.items
+    rows = pq.read_table(tmp_path / "r", columns=["user", "item", "score", "rank"]).to_pylist()
+    assert len(rows) == manifest.users * 7
+    train = _raw_train_pairs(dataset)
+    items, matrix = list(vectors["items"]), np.stack(list(vectors["items"].values()))
+    for start in range(0, len(rows), 7):
+        mine = rows[start : start + 7]
+        user = mine[0]["user"]
+        score = matrix @ vectors["users"][user]
+        score[[index for index, item in enumerate(items) if (user, item) in train]] = -np.inf
+        assert [row["rank"] for row in mine] == list(range(1, 8))
+        assert [row["score"] for row in mine] == pytest.approx(np.sort(score)[::-1][:7], rel=1e-4)
+        assert all((user, row["item"]) not in train for row in mine)
+
+
+def _raw_train_pairs(dataset: str) -> set[tuple[Any, Any]]:
+    ids = {
+        side: pq.read_table(f"{dataset}/ids/{side}")["id"].to_pylist() for side in ("users", "items")
+    }
+    table = pq.read_table(f"{dataset}/train")
+    return {
+        (ids["users"][u], ids["items"][i])
+        for u, i in zip(table["user"].to_pylist(), table["item"].to_pylist(), strict=True)
+    }
+
+
+def test_recommend_for_listed_users_only(trained: Path, dataset: str, tmp_path: Path) -> None:
+    raw = pq.read_table(f"{dataset}/ids/users")["id"].to_pylist()
+    (tmp_path / "users.txt").write_text(f"{raw[3]}\n{raw[0]}\n\n")
+    words = ["recommend", str(trained), str(tmp_path / "r"), "--users", str(tmp_path / "users.txt")]
+    assert main(words) == 0
+    assert set(pq.read_table(tmp_path / "r")["user"].to_pylist()) == {raw[0], raw[3]}
+
+
+def test_a_second_output_replaces_the_first(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/part-00007.parquet").write_bytes(b"of an older, larger world")
+    assert main(["recommend", str(trained), str(tmp_path / "r")]) == 0
+    assert files_under(tmp_path / "r") == ["_SUCCESS", "part-00000.parquet"]
