@@ -112,7 +112,7 @@ def gaussian_kl(
 class Denoiser(nn.Module):
     """An MLP of (x_t, t); its dropout is on in training and in sampling alike."""
 
-    def __init__(self, dim: int, hidden: int = 64) -> None:
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.dim = dim
         self.time = nn.Linear(dim, dim)
@@ -148,6 +148,7 @@ class PublishedStep:
 
     Args:
         user_items: the train items of every user.
+        hidden: width of the denoiser.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class PublishedStep:
         items: int,
         dim: int = 64,
         seed: int = 0,
+        hidden: int = 64,
     ) -> None:
         torch.manual_seed(seed)
         self.random = random.Random(seed)
@@ -164,7 +166,7 @@ class PublishedStep:
         self.user_table = nn.Parameter(nn.init.xavier_uniform_(torch.empty(users, dim)))
         self.item_table = nn.Parameter(nn.init.xavier_uniform_(torch.empty(items, dim)))
         self.optimizer = torch.optim.Adam([self.user_table, self.item_table], lr=LEARNING_RATE)
-        self.denoiser = Denoiser(dim)  # never trained: no optimizer holds its parameters
+        self.denoiser = Denoiser(dim, hidden)  # never trained: no optimizer holds its parameters
         self.diffusion = GaussianDiffusion()
         self.adjacency = adjacency(user_items, users, items)
         self.mix = torch.distributions.Beta(torch.tensor(BETA[0]), torch.tensor(BETA[1]))
@@ -307,6 +309,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--hidden", type=int, default=64, help="width of the denoiser")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -314,7 +317,7 @@ def main() -> None:
     test = read_triples(options.evaluate) if options.evaluate else (user[:0], item[:0])
     users = int(max(user.max(), test[0].max(initial=0))) + 1
     items = int(max(item.max(), test[1].max(initial=0))) + 1
-    trainer = PublishedStep(to_sets(user, item, users), users, items)
+    trainer = PublishedStep(to_sets(user, item, users), users, items, hidden=options.hidden)
     shuffle = np.random.default_rng(0)
     seconds = []
     for step in range(options.warmup + options.steps):
@@ -326,6 +329,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - start)
     report = {
         "batch": options.batch,
+        "hidden": options.hidden,
         "threads": options.threads,
         "steps": options.steps,
         "median_ms": round(1e3 * float(np.median(seconds[options.warmup :])), 1),
