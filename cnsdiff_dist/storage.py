@@ -216,25 +216,18 @@ def read_text(url: str) -> str:
 def open_write(url: str) -> Iterator[IO[bytes]]:
     """Write a file that appears whole when the block ends, or not at all.
 
-    Local: a temporary name beside it, then ``os.replace``. Object store: a plain put, which
-    is atomic there; a failed block discards the upload.
+    Local: a temporary name beside it, then ``os.replace``. Remote: a temporary file on this
+    machine (where ``TMPDIR`` says), then one put, which is atomic in an object store.
     """
     with explained(url, "write"):
         if is_local(url):
             with _replacing(local_path(url)) as file:
                 yield file
             return
-        fs, path = filesystem(url)
-        file = fs.open(path, "wb")
-        try:
-            yield file
-        except BaseException:
-            file.closed = True  # closing would publish the half that is there
-            if hasattr(file, "discard"):
-                with suppress(Exception):
-                    file.discard()
-            raise
-        file.close()
+        with tempfile.NamedTemporaryFile(prefix="cnsdiff-") as copy:
+            yield copy
+            copy.flush()
+            upload(Path(copy.name), url)
 
 
 @contextmanager

@@ -116,11 +116,14 @@ def test_small_and_ragged_logs(
     columns = dict(zip(("user", "item", "rating", "timestamp"), map(list, zip(*rows))))
     log = write_parquet(folder / "log.parquet", **columns)
     words = ["--shift", shift, "--min-rating", 1, "--duplicates", "drop"]
-    try:
-        manifest = prepare(folder / "out", "--log", log, *words)
-    except UserError as error:
-        assert "no train row is left" in str(error)
+    first_rating: dict[tuple[int, int], int] = {}
+    for user, item, rating, _ in rows:
+        first_rating.setdefault((user, item), rating)
+    if max(first_rating.values()) == 0:
+        with pytest.raises(UserError, match="no train row is left"):
+            prepare(folder / "out", "--log", log, *words)
         return
+    manifest = prepare(folder / "out", "--log", log, *words)
     check_whole(folder / "out", manifest, len(rows))
 
 
@@ -299,7 +302,9 @@ def test_a_directory_with_other_things_is_refused(log: Path, tmp_path: Path) -> 
 def test_a_spilling_log_larger_than_the_memory_limit(tmp_path: Path) -> None:
     rows = 400_000
     users = np.arange(rows) // 8
-    log = write_parquet(tmp_path / "log.parquet", user=users, item=(np.arange(rows) * 7919) % 50_021)
+    log = write_parquet(
+        tmp_path / "log.parquet", user=users, item=(np.arange(rows) * 7919) % 50_021
+    )
     words = ["--log", log, "--shift", "random", "--name", "same"]
     tight = prepare(tmp_path / "tight", *words, "--memory-limit", "120MB")
     assert tight.digest == prepare(tmp_path / "wide", *words).digest
@@ -360,7 +365,7 @@ def test_a_read_only_disk_is_one_line(tiny_disk: Path, log: Path) -> None:
 
 
 def test_a_manifest_is_needed_to_open_a_dataset(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no manifest.json here; make a dataset with"):
+    with pytest.raises(UserError, match=r"no manifest.json here; make a dataset with"):
         load_manifest(str(tmp_path))
 
 

@@ -63,11 +63,14 @@ def read_ids(url: str, manifest: Manifest, side: str) -> pa.Table:
 
 def _read_shard(url: str, shard: Shard, columns: list[str] | None) -> pa.Table:
     path = storage.join(url, shard.path)
-    try:
-        with storage.open_read(path) as file, storage.explained(path, "read"):
-            table = pq.read_table(file, columns=columns, page_checksum_verification=True)
-    except pa.ArrowException as error:
-        raise _damaged(path, " ".join(str(error).split())) from None
+    with storage.open_read(path) as file, storage.explained(path, "read"):
+        try:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            table = parquet.read(columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:
+                raise  # the disk or the network, not the file
+            raise _damaged(path, " ".join(str(error).split())) from None
     if table.num_rows != shard.rows:
         raise _damaged(path, f"{table.num_rows} rows, where the manifest promises {shard.rows}")
     missing = set(columns or []) - set(table.column_names)

@@ -161,7 +161,7 @@ def _write_graph(
         write_csr(built / indptr, built / indices, degree[side], chunks, dtype)
         for path in (indptr, indices):
             blobs[path[len("graph/") : -len(".bin")]] = writer.describe(built, path)
-    return Graph(edges=int(degree["user"].sum()), index_dtype=dtype, **blobs)  # type: ignore[arg-type]
+    return Graph(edges=int(degree["user"].sum()), index_dtype=dtype, **blobs)
 
 
 def _column(

@@ -10,7 +10,7 @@ exposes every pair with the same probability: the same tastes under do(exposure)
 Shapes: U users, I items, K latent factors.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cnsdiff_dist.errors import UserError
+
 Floats = npt.NDArray[np.float64]
 Pairs = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 _CHUNK_PAIRS = 1 << 22
@@ -26,7 +28,11 @@ _CHUNK_PAIRS = 1 << 22
 
 @dataclass(frozen=True)
 class World:
-    """Sizes and seed; ``biased_per_user`` and ``uniform_per_user`` are mean interactions."""
+    """Sizes and seed.
+
+    ``biased_per_user`` and ``uniform_per_user`` are mean interactions; a user has at most a
+    twentieth of the items in the biased log, so that in a small world likes are left to find.
+    """
 
     users: int = 2000
     items: int = 1000
@@ -77,18 +83,14 @@ def draw_truth(world: World) -> Truth:
         environment=environment,
         offset=-3.0,
     )
-    # Liked and exposed pairs must come to the wanted number per user.
-    expected = sum(
-        float((truth.preference(part) * truth.exposure(part)).sum()) for part in _parts(world)
-    )
-    wanted = world.biased_per_user * world.users
-    activity = truth.activity
-    for _ in range(20):  # exposure saturates at 1, so the scale is found by iteration
-        activity = activity * (wanted / max(expected, 1e-9))
-        truth = Truth(**{**truth.__dict__, "activity": activity})
+    # Activity is scaled until liked and exposed pairs come to the wanted number; exposure
+    # saturates at 1, hence the iteration.
+    wanted = min(world.biased_per_user, 0.05 * world.items) * world.users
+    for _ in range(20):
         expected = sum(
             float((truth.preference(part) * truth.exposure(part)).sum()) for part in _parts(world)
         )
+        truth = replace(truth, activity=truth.activity * (wanted / max(expected, 1e-9)))
     return truth
 
 
@@ -111,11 +113,20 @@ def draw_interactions(world: World, truth: Truth) -> tuple[Pairs, Pairs]:
 
 
 def write_logs(world: World, folder: Path) -> dict[str, list[str]]:
-    """Write the two raw logs as Parquet; return them as prepare's sources."""
+    """Write the two raw logs as Parquet; return them as prepare's sources.
+
+    Raises:
+        UserError: the world is so small that a log is empty.
+    """
     folder.mkdir(parents=True)
     sources = {}
     logs = draw_interactions(world, draw_truth(world))
     for split, (users, items) in zip(("train", "test_ood"), logs, strict=True):
+        if len(users) == 0:
+            raise UserError(
+                f"--users {world.users} --items {world.items}: so small a world has no "
+                "interactions; try 50 of each"
+            )
         path = folder / f"{split}.parquet"
         pq.write_table(pa.table({"user": users, "item": items}), path)
         sources[split] = [str(path)]

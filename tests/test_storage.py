@@ -1,0 +1,180 @@
+"""Storage: URLs, atomic writes, listings, caching; the errors a user sees."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import fsspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cnsdiff_dist import storage
+from cnsdiff_dist.errors import UserError
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "root")
+    fsspec.filesystem("memory").store.clear()
+    return "memory://root"
+
+
+def test_written_bytes_are_read_back(root: str) -> None:
+    storage.write_text(f"{root}/deep/er/text", "Ünïcode")
+    storage.write_bytes(f"{root}/deep/bytes", b"\x00\xff")
+    assert storage.read_text(f"{root}/deep/er/text") == "Ünïcode"
+    assert storage.list_files(root) == ["deep/bytes", "deep/er/text"]
+    assert storage.exists(f"{root}/deep")
+    with storage.open_read(f"{root}/deep/bytes") as file:
+        assert file.read() == b"\x00\xff"
+    with pytest.raises(UserError, match="deep/bytes: not UTF-8 text at byte 1"):
+        storage.read_text(f"{root}/deep/bytes")
+
+
+def test_a_failed_write_leaves_the_old_file(root: str) -> None:
+    storage.write_text(f"{root}/file", "old")
+
+    def fail() -> None:
+        with storage.open_write(f"{root}/file") as file:
+            file.write(b"new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert storage.read_text(f"{root}/file") == "old"
+    assert storage.list_files(root) == ["file"]
+
+
+def test_deleting(root: str) -> None:
+    storage.write_text(f"{root}/a/b", "x")
+    storage.delete_tree(f"{root}/a/b")
+    storage.delete_tree(f"{root}/a/b")
+    storage.write_text(f"{root}/a/c", "x")
+    storage.delete_tree(f"{root}/a")
+    assert not storage.exists(f"{root}/a")
+    assert storage.list_files(f"{root}/a") == []
+
+
+def test_glob(root: str) -> None:
+    for name in ("b.csv", "a.csv", "a.txt"):
+        storage.write_text(f"{root}/{name}", "x")
+    assert storage.glob(f"{root}/nothing.csv") == [f"{root}/nothing.csv"]
+    found = storage.glob(f"{root}/*.csv")
+    assert [name.rpartition("/")[2] for name in found] == ["a.csv", "b.csv"]
+    assert all(storage.read_text(name) == "x" for name in found)
+    with pytest.raises(UserError, match="no file matches"):
+        storage.glob(f"{root}/*.parquet")
+
+
+def test_uploads_and_local_copies(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CNSDIFF_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "source"
+    source.write_bytes(b"one")
+    Path(root).mkdir(exist_ok=True) if storage.is_local(root) else None
+    storage.upload(source, f"{root}/file")
+    copy = storage.local_copy(f"{root}/file")
+    assert copy.read_bytes() == b"one"
+    assert storage.local_copy(f"{root}/file") == copy
+    storage.write_bytes(f"{root}/file", b"two, a newer version")
+    assert storage.local_copy(f"{root}/file").read_bytes() == b"two, a newer version"
+
+
+def test_a_new_file_has_the_usual_rights(tmp_path: Path) -> None:
+    storage.write_text(str(tmp_path / "file"), "x")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("s3://key:secret@bucket/a/b?token=1#x", "s3://bucket/a/b"),
+        ("https://host/a?sig=1", "https://host/a"),
+        ("/a/b c", "/a/b c"),
+        ("file:///a/b", "/a/b"),
+    ],
+)
+def test_what_is_shown_of_a_url(url: str, shown: str) -> None:
+    assert storage.display(url) == shown
+
+
+@given(st.text(min_size=1, max_size=12))
+def test_join_stays_inside(relative: str) -> None:
+    try:
+        joined = storage.join("s3://bucket/dir", relative)
+    except UserError:
+        return
+    assert joined.startswith("s3://bucket/dir/")
+    assert ".." not in joined.split("/")
+
+
+@pytest.mark.parametrize("relative", ["", "/etc", "../up", "a/../../b", "s3://other/x"])
+def test_join_refuses_to_climb(relative: str) -> None:
+    with pytest.raises(UserError, match="is not a path inside this directory"):
+        storage.join("/dir", relative)
+
+
+class EndpointConnectionError(Exception):
+    __module__ = "botocore.exceptions"
+
+
+class NoCredentialsError(Exception):
+    __module__ = "botocore.exceptions"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (FileNotFoundError("x"), "no such file or directory"),
+        (OSError(errno.ENOSPC, "full"), "no space left"),
+        (OSError(errno.EROFS, "ro"), "read-only file system"),
+        (PermissionError("x"), "permission denied"),
+        (FileExistsError(errno.EEXIST, "there"), "a file is in the way"),
+        (EndpointConnectionError("x"), "the host does not answer"),
+        (NoCredentialsError("x"), "AWS_ACCESS_KEY_ID"),
+        (OSError("bad joe:hunter2@host and s3://k:hunter2@b\nmore"), "bad host and s3://b more"),
+    ],
+)
+def test_failures_in_one_line(error: Exception, expected: str) -> None:
+    url = "s3://joe:hunter2@bucket/x"
+    with pytest.raises(UserError) as caught, storage.explained(url, "read"):
+        raise error
+    message = str(caught.value)
+    assert message.startswith("s3://bucket/x: cannot read: ")
+    assert expected in message
+    assert "hunter2" not in message
+    assert "\n" not in message
+
+
+def test_a_bug_is_not_explained_away() -> None:
+    with pytest.raises(KeyError), storage.explained("/x", "read"):
+        raise KeyError("bug")
+
+
+def test_transient_failures_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_text("memory://flaky/file", "x")
+    memory = fsspec.filesystem("memory")
+    calls: list[str] = []
+    failures = storage.ATTEMPTS
+    cat = type(memory).exists
+
+    def flaky(self: object, path: str, **words: object) -> bool:
+        calls.append(path)
+        if len(calls) < failures:
+            raise ConnectionError("try again")
+        return bool(cat(memory, path))
+
+    monkeypatch.setattr(type(memory), "exists", flaky)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    assert storage.exists("memory://flaky/file")
+    assert len(calls) == failures
+    calls.clear()
+    failures += 1
+    with pytest.raises(UserError, match="the host does not answer"):
+        storage.exists("memory://flaky/file")
