@@ -3,9 +3,9 @@
 Written anew from a description of what that code computes (arXiv 2508.07243 and its
 repository), in the plain way it computes it: COO propagation, coefficients gathered from
 float64 arrays at every use, a full reverse chain per hardness level, Python loops over rows
-and users. Its known defects are kept: they are part of the cost. What the description leaves
-open is chosen here and said: the denoiser's hidden width is 64, z_0 stays attached to the
-encoder, the contrastive noise is 0.1 and Beta(a, b) is Beta(1, 9).
+and users. Its known defects are kept: they are part of the cost. What it computes and never
+uses (the posterior's variances at every reverse step) is left out, and the Beta of the mix stays
+where it starts, so the baseline is rather too cheap than too dear.
 
     python -m benchmarks.published --train train.txt [--evaluate test.txt]
 
@@ -31,7 +31,7 @@ from torch.nn import functional
 LAYERS, LEARNING_RATE, L2 = 2, 0.01, 1e-4
 STEPS, SCALE, LOWEST, HIGHEST = 20, 0.1, 1e-4, 0.02
 LEVELS = (10, 14, 18)
-CONTRASTIVE, TEMPERATURE, NOISE = 0.3, 2.0, 0.1
+CONTRASTIVE, TEMPERATURE, NOISE = 0.3, 2.0, 0.01
 DIFFUSION, CAUSAL = 1e-6, 0.1
 BETA = (1.0, 9.0)
 PARTS = ("sampling", "encoder", "diffusion", "generation", "ranking", "contrastive", "update")
@@ -78,16 +78,16 @@ class GaussianDiffusion:
         weight_B = torch.where(t_B == 0, 1.0, snr_B)
         log_variance_BD = expand(self.log_variance, t_B, start_BD.shape)
         cleaner_log_variance_BD = expand(self.log_variance, before_B, start_BD.shape)
+        cleaner_log_variance_BD = torch.where(t_B[:, None] == 0, 0.0, cleaner_log_variance_BD)
         kl_BD = gaussian_kl(guess_BD, log_variance_BD, cleaner_BD, cleaner_log_variance_BD)
-        kl_B = torch.where(t_B == 0, 0.0, kl_BD.mean(dim=1))
-        return (weight_B * error_B).mean() + CAUSAL * kl_B.mean()
+        return (weight_B * error_B).mean() + CAUSAL * kl_BD.mean()
 
     def generate(self, denoiser: nn.Module, start_BD: Tensor, level: int) -> Tensor:
         """Noise to ``level``, then denoise from T whatever the level was."""
-        level_B = torch.full((len(start_BD),), level - 1)
+        level_B = torch.tensor([level - 1] * len(start_BD))
         x_BD = self.q_sample(start_BD, level_B, torch.randn_like(start_BD))
         for t in reversed(range(STEPS)):
-            t_B = torch.full((len(start_BD),), t)
+            t_B = torch.tensor([t] * len(start_BD))
             x_BD = self.posterior_mean(denoiser(x_BD, t_B), x_BD, t_B)
         return x_BD
 
@@ -121,7 +121,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x_BD: Tensor, t_B: Tensor) -> Tensor:
         time_BD = self.time(self.sinusoid(t_B))
-        x_BD = functional.dropout(x_BD, 0.5, training=True)
+        x_BD = functional.dropout(functional.normalize(x_BD), 0.5, training=True)
         return self.last(torch.tanh(self.first(torch.cat([x_BD, time_BD], dim=-1))))
 
     def sinusoid(self, t_B: Tensor) -> Tensor:
@@ -189,8 +189,9 @@ class PublishedStep:
             mix_B1 = self.mix.sample(torch.Size([len(user), 1]))
             negative_BD = mix_B1 * hard_BD + (1 - mix_B1) * random_BD
             margin_B = (user_BD * (item_BD - negative_BD)).sum(dim=1)
-            bpr = -torch.log(10e-8 + torch.sigmoid(margin_B)).mean()
-            norms = [x.norm(p=2) / len(x) for x in (user_BD, item_BD, negative_BD)]
+            bpr = -torch.log(torch.sigmoid(margin_B)).mean()
+            rows = self.user_table[user_B], self.item_table[item_B], self.item_table[random_B]
+            norms = [row_BD.norm(p=2) / len(row_BD) for row_BD in rows]
             l2 = L2 * torch.stack(norms).sum() / len(user)
         with self._timed("contrastive"):
             contrastive = contrast(item_BD, torch.cat([hard_BD, random_BD]))
@@ -333,6 +334,7 @@ def main() -> None:
         "threads": options.threads,
         "steps": options.steps,
         "median_ms": round(1e3 * float(np.median(seconds[options.warmup :])), 1),
+        "fastest_ms": round(1e3 * min(seconds[options.warmup :]), 1),
         "parts_ms": {name: round(1e3 * s / options.steps, 1) for name, s in trainer.parts.items()},
     }
     if options.evaluate:
