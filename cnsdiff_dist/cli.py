@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import sys
+import textwrap
 import warnings
 
 from cnsdiff_dist.commands import evaluate, export, prepare, recommend, train
@@ -57,14 +58,16 @@ def entry() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cnsdiff",
-        description="Train recommenders that keep working when the data shifts: "
-        "CNSDiff on sharded embedding tables.",
+        description="Train recommenders that keep working when the data shifts.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.register(subparsers)
+    for subparser in subparsers.choices.values():
+        # Their epilogs are laid out by hand, so argparse must not wrap; descriptions are prose.
+        subparser.description = textwrap.fill(subparser.description or "", 80)
     return parser
 
 

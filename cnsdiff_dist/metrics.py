@@ -110,9 +110,7 @@ class RankingSums:
         hit_BK = keys[place] == ranked_keys if len(keys) else np.zeros(ranked_BK.shape, bool)
         counted = np.bincount(relevant_row, minlength=users) > 0
         for index, k in enumerate(self._ks):
-            self.recommended[index] += np.bincount(
-                ranked_BK[counted, :k].ravel(), minlength=items
-            )
+            self.recommended[index] += np.bincount(ranked_BK[counted, :k].ravel(), minlength=items)
         self._add_slot(0, hit_BK, relevant_row)
         for e in range(len(self.users) - 1):
             inside = self._environment[relevant_item] == e

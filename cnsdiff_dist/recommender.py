@@ -56,9 +56,8 @@ class Recommender:
     @torch.no_grad()
     def encode_all(self) -> tuple[Tensor, Tensor]:
         """Every user's and item's encoder output, [U, D] and [I, D]. Collective."""
-        block = self._whole or Block(
-            *(torch.arange(rows, device=self._device) for rows in self._shape), None
-        )
+        users, items = (torch.arange(rows, device=self._device) for rows in self._shape)
+        block = self._whole or Block(users, items, None)
         h_ND = propagate(block, self.tables.lookup(block.users, block.items), self._layers)
         user_UD, item_ID = h_ND.split(list(self._shape))
         return user_UD, item_ID

@@ -61,7 +61,8 @@ class Reporter:
             pace = (time.monotonic() - self._started) / max(step - self._first_step, 1)
             minutes, seconds = divmod(int(pace * (self._total - step)), 60)
             self.say(
-                f"epoch {epoch}  step {step}/{self._total}  {note}  at most {minutes}:{seconds:02d} left"
+                f"epoch {epoch}  step {step}/{self._total}  {note}  "
+                f"at most {minutes}:{seconds:02d} left"
             )
 
     def evaluation(self, step: int, epoch: int, result: dict[str, Any], best: bool) -> None:

@@ -112,6 +112,7 @@ def _environment(world: World) -> dict[str, Any]:
 
 def git_revision() -> str | None:
     """The commit of the code that runs, with ``+`` when files differ from it."""
+
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

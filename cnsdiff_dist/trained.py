@@ -49,9 +49,7 @@ def open_trained(run_url: str, data_url: str | None) -> Trained:
     commit = _best(checkpoints.committed(), run_url)
     recommender = Recommender(config, manifest, graph, world)
     checkpoints.load(commit, {"tables": {"weights": recommender.tables.weights()}})
-    return Trained(
-        config, data_url, manifest, graph, world, commit.step, *recommender.encode_all()
-    )
+    return Trained(config, data_url, manifest, graph, world, commit.step, *recommender.encode_all())
 
 
 def _best(commits: list[Commit], run_url: str) -> Commit:

@@ -119,9 +119,7 @@ class Trainer:
         draws = Draws(key, batch.streams, batch.width, device)
         candidates = self._sampler.candidates(batch, draws)
         latents, l2_B = self._encode(batch, candidates)
-        negatives = self._sampler.negatives(
-            latents, draws, self.progress.step / self.total_steps
-        )
+        negatives = self._sampler.negatives(latents, draws, self.progress.step / self.total_steps)
         terms = {
             "bpr": losses.bpr(latents.user_BD, latents.positive_BD, negatives.vector_BD),
             "l2": config.loss.l2 * l2_B,

@@ -66,7 +66,9 @@ def join_world(timeout_seconds: int) -> World:
                 dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         except (ValueError, dist.DistError, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"cannot join the other ranks: {reason}; launch with torchrun") from None
+            raise UserError(
+                f"cannot join the other ranks: {reason}; launch with torchrun"
+            ) from None
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

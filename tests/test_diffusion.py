@@ -56,7 +56,7 @@ def test_q_sample_has_the_moments_of_the_forward_process(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_posterior_is_the_product_of_its_two_gaussians(kind: str) -> None:
-    """Bayes: q(z_(t-1) | z_t, z_0) ~ N(z_t; sqrt(a) z_(t-1), beta) N(z_(t-1); sqrt(ab') z_0, 1-ab')."""
+    """Bayes: N(z_t; sqrt(a) z_(t-1), beta) x N(z_(t-1); sqrt(ab') z_0, 1 - ab')."""
     schedule = _double(make_schedule(kind, 20))
     z0, zt = torch.randn(20, 4).double(), torch.randn(20, 4).double()
     t = torch.arange(20)

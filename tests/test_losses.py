@@ -27,7 +27,9 @@ def test_bpr_is_minus_log_sigmoid_of_the_margin() -> None:
 
 def test_l2_is_half_the_squared_norm() -> None:
     rows = torch.randn(2, B, D)
-    expected = [sum(x.item() ** 2 for x in torch.cat([a, b])) / 2 for a, b in zip(*rows, strict=True)]
+    expected = [
+        sum(x.item() ** 2 for x in torch.cat([a, b])) / 2 for a, b in zip(*rows, strict=True)
+    ]
     assert losses.l2(*rows).tolist() == pytest.approx(expected, rel=1e-5)
 
 
@@ -79,19 +81,31 @@ def test_diffusion_is_weighted_mse_plus_kl() -> None:
         return beta * (1 - alpha_bar[step - 1]) / (1 - alpha_bar[step])
 
     for step in range(20):
-        mse = sum((f - z) ** 2 for f, z in zip(prediction[step].tolist(), z0[step].tolist(), strict=True)) / D
+        mse = (
+            sum(
+                (f - z) ** 2
+                for f, z in zip(prediction[step].tolist(), z0[step].tolist(), strict=True)
+            )
+            / D
+        )
         weight = 1.0
         kl = 0.0
         if step:
             snr = [a / (1 - a) for a in alpha_bar]
             weight = min(snr[step - 1] - snr[step], clip)
             a = alpha_bar[step - 1]
-            target = [math.sqrt(a) * z + math.sqrt(1 - a) * e for z, e in zip(z0[step].tolist(), noise[step].tolist(), strict=True)]
+            target = [
+                math.sqrt(a) * z + math.sqrt(1 - a) * e
+                for z, e in zip(z0[step].tolist(), noise[step].tolist(), strict=True)
+            ]
             p, q = variance(step), variance(step - 1)
-            kl = sum(
-                math.log(math.sqrt(q) / math.sqrt(p)) + (p + (f - m) ** 2) / (2 * q) - 0.5
-                for f, m in zip(prediction[step].tolist(), target, strict=True)
-            ) / D
+            kl = (
+                sum(
+                    math.log(math.sqrt(q) / math.sqrt(p)) + (p + (f - m) ** 2) / (2 * q) - 0.5
+                    for f, m in zip(prediction[step].tolist(), target, strict=True)
+                )
+                / D
+            )
         assert error[step].item() == pytest.approx(mse, rel=1e-4)
         assert loss[step].item() == pytest.approx(weight * mse + causal * kl, rel=2e-3)
 
@@ -100,5 +114,7 @@ def test_predicting_the_mean_of_standard_latents_scores_one() -> None:
     schedule = make_schedule("cosine", 20)
     z0, noise = torch.randn(2, 50_000, 2)
     t = torch.randint(20, (50_000,))
-    _, error = losses.diffusion(lambda zt, _: torch.zeros_like(zt), z0, t, noise, schedule, 5.0, 0.0)
+    _, error = losses.diffusion(
+        lambda zt, _: torch.zeros_like(zt), z0, t, noise, schedule, 5.0, 0.0
+    )
     assert error.mean().item() == pytest.approx(1.0, abs=0.02)

@@ -51,7 +51,9 @@ def test_metrics_equal_brute_force(seed: int, users: int, items: int, density: f
             rows = [u for u in range(users) if inside[u].any()]
             assert parts[e]["users"] == len(rows)
             for name in ("recall", "ndcg", "hit", "precision"):
-                wanted_e = [_brute(list(ranked[u]), set(np.flatnonzero(inside[u])), k)[name] for u in rows]
+                wanted_e = [
+                    _brute(list(ranked[u]), set(np.flatnonzero(inside[u])), k)[name] for u in rows
+                ]
                 assert parts[e][f"{name}@{k}"] == pytest.approx(np.mean(wanted_e) if rows else 0)
 
 

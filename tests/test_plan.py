@@ -7,7 +7,9 @@ from cnsdiff_dist.data.plan import PAD, EpochPlan, local_streams
 from cnsdiff_dist.errors import UserError
 
 plans = st.builds(
-    lambda rows, streams, width, block, seed: EpochPlan(rows, streams * width, streams, block, seed),
+    lambda rows, streams, width, block, seed: EpochPlan(
+        rows, streams * width, streams, block, seed
+    ),
     rows=st.integers(1, 150),
     streams=st.integers(1, 8),
     width=st.integers(1, 20),

@@ -58,14 +58,18 @@ def test_draws_belong_to_their_stream_not_to_the_rank() -> None:
     assert torch.equal(both.normal(4)[3:], alone.normal(4))
     assert torch.equal(both.integers(9)[3:], alone.integers(9))
     assert torch.equal(both.beta(2, 3)[3:], alone.beta(2, 3))
-    assert not torch.equal(Draws((7, 1, 3), [1], 3, CPU).normal(4), Draws((7, 1, 2), [1], 3, CPU).normal(4))
+    assert not torch.equal(
+        Draws((7, 1, 3), [1], 3, CPU).normal(4), Draws((7, 1, 2), [1], 3, CPU).normal(4)
+    )
 
 
 def test_uniform_candidates_are_absent_items(tiny_graph: GraphArrays) -> None:
     batch = _batch([0, 1, 2, 3] * 8, [0, 1, 2, 0] * 8)
     got = UniformSampler(tiny_graph).candidates(batch, Draws((0, 0, 0), [0], 32, CPU))
     assert got.shape == (32, 1)
-    assert all(i not in _positives(tiny_graph, u) for u, i in zip(batch.users, got[:, 0], strict=True))
+    assert all(
+        i not in _positives(tiny_graph, u) for u, i in zip(batch.users, got[:, 0], strict=True)
+    )
 
 
 # --- cnsdiff ---------------------------------------------------------------------------
@@ -85,7 +89,9 @@ def _latents(rows: int = 256, requires_grad: bool = False) -> Latents:
     environment = torch.randint(3, (rows,), generator=generator)
     shift = torch.randn(3, 8, generator=generator)
     noise = 0.3 * torch.randn(rows, 8, generator=generator)
-    positive = 0.05 * (user @ torch.randn(8, 8, generator=generator) + shift[environment] + noise) + 1
+    positive = (
+        0.05 * (user @ torch.randn(8, 8, generator=generator) + shift[environment] + noise) + 1
+    )
     leaves = [user, positive, torch.randn(rows, 1, 8, generator=generator)]
     if requires_grad:
         leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -109,7 +115,9 @@ def test_the_denoiser_learns_and_beats_the_mean_predictor(
         negatives.terms["diffusion"].mean().backward()
         adam.step()
         errors.append(negatives.observed["denoising_error"].mean().item())
-    assert any(not torch.equal(a, b) for a, b in zip(before, sampler.network.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, sampler.network.parameters(), strict=True)
+    )
     assert sum(errors[:5]) / 5 > 0.8  # untrained, it is no better than the mean (1.0)
     assert sum(errors[-20:]) / 20 < 0.5
 
@@ -127,7 +135,9 @@ def test_diffusion_gradients_stay_out_of_the_tables_unless_asked(
         )  # fmt: skip
         assert (gradients[1] is None) == detach
         assert gradients[0] is None and gradients[2] is None
-        assert all(g is not None for g in torch.autograd.grad(term, list(sampler.network.parameters())))
+        assert all(
+            g is not None for g in torch.autograd.grad(term, list(sampler.network.parameters()))
+        )
 
 
 def test_the_hard_part_has_no_gradient_and_the_random_part_has(
@@ -138,7 +148,12 @@ def test_the_hard_part_has_no_gradient_and_the_random_part_has(
     negatives = sampler.negatives(latents, _draws(), 0.5)
     gradients = torch.autograd.grad(
         negatives.vector_BD.sum(),
-        [latents.positive_BD, latents.user_BD, latents.candidate_BMD, *sampler.network.parameters()],
+        [
+            latents.positive_BD,
+            latents.user_BD,
+            latents.candidate_BMD,
+            *sampler.network.parameters(),
+        ],
         allow_unused=True,
     )
     assert gradients[2] is not None and gradients[2].abs().sum() > 0
@@ -191,6 +206,8 @@ def test_standard_latents_have_mean_zero_and_variance_one_over_valid_rows(world:
 
 
 @pytest.mark.parametrize("condition", [(), ("user",), ("environment",)])
-def test_every_condition_works(tiny_graph: GraphArrays, world: World, condition: tuple[str, ...]) -> None:
+def test_every_condition_works(
+    tiny_graph: GraphArrays, world: World, condition: tuple[str, ...]
+) -> None:
     sampler = CNSDiffSampler(_config(generator={"condition": condition}), tiny_graph, 3, world)
     assert torch.isfinite(sampler.negatives(_latents(), _draws(), 0.5).vector_BD).all()

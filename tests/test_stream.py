@@ -75,7 +75,11 @@ def test_a_stream_starts_in_the_middle_of_an_epoch(dataset: str, first_step: int
 
 
 def test_read_ahead_does_not_change_the_batches(dataset: str) -> None:
-    for a, b in zip(_stream(dataset, prefetch=1).batches(0), _stream(dataset, prefetch=5).batches(0), strict=True):
+    for a, b in zip(
+        _stream(dataset, prefetch=1).batches(0),
+        _stream(dataset, prefetch=5).batches(0),
+        strict=True,
+    ):
         assert np.array_equal(a.users, b.users)
 
 
@@ -126,7 +130,9 @@ def test_a_shard_with_other_rows_than_the_manifest_is_refused(damaged: Path) -> 
 
 
 def test_a_shard_without_the_column_is_refused(damaged: Path) -> None:
-    _rewrite(damaged, lambda table: table.rename_columns(["user", "thing", *table.column_names[2:]]))
+    _rewrite(
+        damaged, lambda table: table.rename_columns(["user", "thing", *table.column_names[2:]])
+    )
     with pytest.raises(UserError, match="no int64 column 'item'"):
         _read_all(damaged)
 

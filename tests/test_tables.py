@@ -102,7 +102,11 @@ def test_fused_tables_equal_plain_autograd(optimizer: Any, world: World) -> None
     ("size", "sharding"), [(2, "row_wise"), (2, "table_wise"), (2, "column_wise")]
 )
 def test_two_ranks_equal_unsharded(size: int, sharding: Any) -> None:
-    config = Tables(lr=0.1, sharding=sharding, optimizer="adagrad" if sharding == "column_wise" else "rowwise_adagrad")
+    config = Tables(
+        lr=0.1,
+        sharding=sharding,
+        optimizer="adagrad" if sharding == "column_wise" else "rowwise_adagrad",
+    )
     expected = _train_plainly(config)
     for got in run_ranks(size, _train_sharded, config):
         for name in expected:

@@ -16,7 +16,6 @@ import torch
 import yaml
 
 from cnsdiff_dist.cli import main
-from cnsdiff_dist.commands.train import train
 from cnsdiff_dist.data.dataset import load_manifest, read_split
 from cnsdiff_dist.data.graph import open_graph
 from cnsdiff_dist.parallel.checkpoint import Checkpoints
@@ -30,7 +29,9 @@ from tests.test_tables import gather
 
 def _write_config(folder: Path, dataset: str, **sections: dict[str, object]) -> str:
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(small_config(dataset, folder / "run", **sections).model_dump(mode="json")))
+    path.write_text(
+        yaml.safe_dump(small_config(dataset, folder / "run", **sections).model_dump(mode="json"))
+    )
     return str(path)
 
 
@@ -47,14 +48,18 @@ def trained(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_its_record(trained: Path, dataset: str) -> None:
-    assert {"config.yaml", "dataset.json", "environment.json", "metrics.jsonl"} <= set(files_under(trained))
+    assert {"config.yaml", "dataset.json", "environment.json", "metrics.jsonl"} <= set(
+        files_under(trained)
+    )
     environment = json.loads((trained / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
     assert environment["world_size"] == 1 and "git_revision" in environment
     losses = [line["loss"] for line in _lines(trained, "train")]
     assert losses[-1] < losses[0]
     assert all(line["samples_per_second"] > 0 for line in _lines(trained, "train"))
-    assert {"bpr", "l2", "diffusion", "contrastive", "denoising_error"} <= set(_lines(trained, "train")[0])
+    assert {"bpr", "l2", "diffusion", "contrastive", "denoising_error"} <= set(
+        _lines(trained, "train")[0]
+    )
     assert len(_lines(trained, "valid_iid")) == 2
     assert any("tfevents" in name for name in files_under(trained / "tensorboard"))
 
@@ -78,7 +83,9 @@ def _everything(trainer: Trainer, world: World) -> tuple[dict[str, torch.Tensor]
     """Every number of a training: tables, their optimizer state, generator and Adam."""
     tables = trainer.state()["tables"]
     flat = {
-        f"{kind}.{name}": gather(tensor, world) if len(tensor.size()) == 2 else _gather_1d(tensor, world)
+        f"{kind}.{name}": gather(tensor, world)
+        if len(tensor.size()) == 2
+        else _gather_1d(tensor, world)
         for kind in tables
         for name, tensor in tables[kind].items()
     }
@@ -176,7 +183,10 @@ def test_a_run_resumes_at_another_world_size(dataset: str, tmp_path: Path) -> No
 
 def test_keeps_the_newest_and_the_best(dataset: str, tmp_path: Path, world: World) -> None:
     config = small_config(
-        dataset, tmp_path / "run", checkpoint={"every_steps": 2, "keep": 2}, train={"epochs": 3, "batch": 1024}
+        dataset,
+        tmp_path / "run",
+        checkpoint={"every_steps": 2, "keep": 2},
+        train={"epochs": 3, "batch": 1024},
     )
     trainer = _trainer(config, world)
     (tmp_path / "run").mkdir()
@@ -186,7 +196,9 @@ def test_keeps_the_newest_and_the_best(dataset: str, tmp_path: Path, world: Worl
     assert trainer.progress.best_step in steps and trainer.progress.step in steps
 
 
-def test_an_uncommitted_checkpoint_does_not_exist(dataset: str, tmp_path: Path, world: World) -> None:
+def test_an_uncommitted_checkpoint_does_not_exist(
+    dataset: str, tmp_path: Path, world: World
+) -> None:
     config = small_config(dataset, tmp_path / "run", train={"epochs": 1})
     (tmp_path / "run").mkdir()
     trainer = _trainer(config, world)
@@ -203,7 +215,9 @@ def test_an_uncommitted_checkpoint_does_not_exist(dataset: str, tmp_path: Path, 
 def test_a_run_killed_while_it_trains_is_continued_by_the_same_command(
     dataset: str, tmp_path: Path
 ) -> None:
-    config = _write_config(tmp_path, dataset, checkpoint={"every_steps": 2}, train={"epochs": 60, "patience": 99})
+    config = _write_config(
+        tmp_path, dataset, checkpoint={"every_steps": 2}, train={"epochs": 60, "patience": 99}
+    )
     command = [sys.executable, "-m", "cnsdiff_dist", "train", config]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     run = tmp_path / "run"
@@ -232,7 +246,9 @@ def test_evaluate_writes_what_it_prints(trained: Path, dataset: str, capsys: Any
     assert saved["users"] == len(np.unique(users))
     assert saved["masked"] == ["train", "valid_iid", "valid_ood"]
     assert set(saved["metrics"]) == {
-        f"{name}@{k}" for name in ("recall", "ndcg", "hit", "precision", "coverage", "popularity") for k in (5, 20)
+        f"{name}@{k}"
+        for name in ("recall", "ndcg", "hit", "precision", "coverage", "popularity")
+        for k in (5, 20)
     }
     assert sum(entry["items"] for entry in saved["environments"]) == manifest.items
 
@@ -259,7 +275,9 @@ def test_export_and_recommend_agree_on_raw_ids(trained: Path, dataset: str, tmp_
     assert main(["recommend", str(trained), str(tmp_path / "r"), "--k", "7"]) == 0
     tables = {side: pq.read_table(tmp_path / "e" / side) for side in ("users", "items")}
     vectors = {
-        side: dict(zip(table["id"].to_pylist(), np.stack(table["embedding"].to_pylist()), strict=True))
+        side: dict(
+            zip(table["id"].to_pylist(), np.stack(table["embedding"].to_pylist()), strict=True)
+        )
         for side, table in tables.items()
     }
     manifest = load_manifest(dataset)
@@ -280,7 +298,8 @@ def test_export_and_recommend_agree_on_raw_ids(trained: Path, dataset: str, tmp_
 
 def _raw_train_pairs(dataset: str) -> set[tuple[Any, Any]]:
     ids = {
-        side: pq.read_table(f"{dataset}/ids/{side}")["id"].to_pylist() for side in ("users", "items")
+        side: pq.read_table(f"{dataset}/ids/{side}")["id"].to_pylist()
+        for side in ("users", "items")
     }
     table = pq.read_table(f"{dataset}/train")
     return {

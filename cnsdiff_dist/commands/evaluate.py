@@ -78,7 +78,10 @@ def _print_table(result: dict[str, Any], ks: tuple[int, ...], path: str) -> None
     console.print(table)
     for k in ks:
         coverage, popularity = (result["metrics"][f"{n}@{k}"] for n in ("coverage", "popularity"))
-        print(f"top {k}: {coverage:.1%} of the catalogue recommended, mean train degree {popularity:.1f}")
+        print(
+            f"top {k}: {coverage:.1%} of the catalogue recommended, "
+            f"mean train degree {popularity:.1f}"
+        )
     print(f"masked: {', '.join(result['masked'])}; written to {path}")
 
 

@@ -78,7 +78,8 @@ def train(config: Config) -> None:
             best = trainer.progress
             reporter.say(
                 f"finished: best {config.train.select_split} {config.train.select_metric} "
-                f"{best.best:.4f} at step {best.best_step}; run in {storage.display(config.run.dir)}"
+                f"{best.best:.4f} at step {best.best_step}; "
+                f"run in {storage.display(config.run.dir)}"
             )
 
 

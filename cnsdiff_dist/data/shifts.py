@@ -9,12 +9,17 @@ sort runs out of core.
 SHIFTS = ("popularity", "temporal", "exposure", "random")
 
 
-def uniform(seed: int, tag: str) -> str:
-    """A number in (0, 1] that depends on nothing but the row, the seed and the tag.
+def hashed(seed: int, tag: str) -> str:
+    """64 random bits that depend on nothing but the row, the seed and the tag.
 
-    It does not depend on threads, on the order of the rows or on the other rows.
+    They do not depend on threads, on the order of the rows or on the other rows.
     """
-    return f"((md5_number_lower(concat('{seed}:{tag}:', \"user\", ':', item)) + 0.5) / 2.0**64)"
+    return f"md5_number_lower(concat('{seed}:{tag}:', \"user\", ':', item))"
+
+
+def uniform(seed: int, tag: str) -> str:
+    """The same bits as a number in (0, 1]."""
+    return f"(({hashed(seed, tag)} + 0.5) / 2.0**64)"
 
 
 def order(shift: str, seed: int, tag: str) -> str:

@@ -32,7 +32,7 @@ class Denoiser(nn.Module):
 
     def forward(self, zt_BD: Tensor, t_B: Tensor, user_BD: Tensor, environment_B: Tensor) -> Tensor:
         """[B, D], int64 [B], [B, D], int64 [B] -> [B, D] in the dtype of ``zt_BD``."""
-        dtype = self.body[0].weight.dtype
+        dtype = next(self.body.parameters()).dtype
         where_BD = self.get_buffer("time_table")[t_B].to(dtype)
         if self.environment is not None:
             where_BD = where_BD + self.environment(environment_B)

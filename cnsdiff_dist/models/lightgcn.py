@@ -84,4 +84,5 @@ def propagate(block: Block, embedding_ND: Tensor, layers: int) -> Tensor:
     """h = mean(H0..HL) with H0 = embedding and Hk = Â H(k-1); [N, D] -> [N, D]."""
     if layers == 0 or block.operator is None:
         return embedding_ND
-    return _MeanOfPowers.apply(embedding_ND, block.operator, layers)
+    out: Tensor = _MeanOfPowers.apply(embedding_ND, block.operator, layers)  # type: ignore[no-untyped-call]
+    return out

@@ -11,9 +11,7 @@ def embedding_tables(users: int, items: int, dim: int) -> EmbeddingCollection:
     return EmbeddingCollection(
         device=torch.device("meta"),
         tables=[
-            EmbeddingConfig(
-                name=name, embedding_dim=dim, num_embeddings=rows, feature_names=[name]
-            )
+            EmbeddingConfig(name=name, embedding_dim=dim, num_embeddings=rows, feature_names=[name])
             for name, rows in zip(TABLES, (users, items), strict=True)
         ],
     )

@@ -5,6 +5,7 @@ no rename, so the marker is the commit. What has none is debris of a killed run 
 removed by the next one.
 """
 
+import errno
 import json
 import logging
 import re
@@ -113,15 +114,18 @@ def _read_commit(url: str) -> dict[str, Any]:
 def _one_line(url: str, action: str) -> Iterator[None]:
     """Quiet DCP's planner, and name the cause of a rank's failure in one line."""
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
-    where = storage.display(url)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         except CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
-            reason = storage.explain(cause, url, action)
-            raise UserError(f"{reason} (rank {rank})") from error
+            raise UserError(f"{_cause(cause, url, action)} (rank {rank})") from error
         except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{where}: cannot {action} the checkpoint: {reason}") from error
+            raise _cause(error, url, action) from error
+
+
+def _cause(error: BaseException, url: str, action: str) -> UserError:
+    if action == "write" and "unexpected pos" in str(error):
+        error = OSError(errno.ENOSPC, "")  # how torch's writer reports a short write
+    return storage.explain(error, url, action)

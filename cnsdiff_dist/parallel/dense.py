@@ -23,9 +23,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class DenseEngine:
     """Trains a module by data parallelism under ZeRO; without one, just backpropagates."""
 
-    def __init__(
-        self, module: nn.Module | None, config: Generator, rows_per_rank: int
-    ) -> None:
+    def __init__(self, module: nn.Module | None, config: Generator, rows_per_rank: int) -> None:
         self._lr, self._stage = config.lr, config.zero_stage
         self._engine = _initialize(module, config, rows_per_rank) if module else None
         if self._engine is not None:

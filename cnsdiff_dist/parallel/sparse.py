@@ -46,9 +46,7 @@ class ShardedTables:
         options = {"lr": config.lr} if config.optimizer == "sgd" else {
             "lr": config.lr, "eps": config.eps,
         }  # fmt: skip
-        apply_optimizer_in_backward(
-            _OPTIMIZERS[config.optimizer], collection.parameters(), options
-        )
+        apply_optimizer_in_backward(_OPTIMIZERS[config.optimizer], collection.parameters(), options)
         sharder: Any = EmbeddingCollectionSharder()
         layout = _layout(config.sharding, world.size)
         plan = construct_module_sharding_plan(

@@ -22,16 +22,14 @@ from cnsdiff_dist.world import World
 
 
 class CNSDiffSampler:
-    def __init__(
-        self, config: Config, graph: GraphArrays, environments: int, world: World
-    ) -> None:
+    def __init__(self, config: Config, graph: GraphArrays, environments: int, world: World) -> None:
         self._config, self._loss = config.generator, config.loss
         self._mix = (config.negatives.mix_start, config.negatives.mix_end)
         self._world, self._uniform = world, UniformSampler(graph)
         self._schedule = make_schedule(self._config.schedule, self._config.steps).to(world.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
-            self.network: nn.Module = Denoiser(
+            self.network: nn.Module | None = Denoiser(
                 config.model.dim,
                 self._config.steps,
                 self._config.hidden,
@@ -50,8 +48,11 @@ class CNSDiffSampler:
         z0_BD = standard.item(positive_BD.detach() if self._config.detach else positive_BD)
         user_BD = standard.user(latents.user_BD.detach())
 
+        network = self.network
+
         def denoise(zt_BD: Tensor, t_B: Tensor) -> Tensor:
-            return self.network(zt_BD, t_B, user_BD, latents.environment)
+            assert network is not None
+            return network(zt_BD, t_B, user_BD, latents.environment)
 
         dim = positive_BD.shape[1]
         diffusion_B, error_B = losses.diffusion(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.stream import Batch
@@ -10,10 +11,9 @@ from cnsdiff_dist.samplers.protocol import Latents, Negatives
 
 
 class UniformSampler:
-    network = None
-
     def __init__(self, graph: GraphArrays) -> None:
         self._graph = graph
+        self.network: nn.Module | None = None
 
     def candidates(self, batch: Batch, draws: Draws) -> npt.NDArray[np.int64]:
         uniform = draws.uniform(1)[:, 0]
