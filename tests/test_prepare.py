@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnsdiff_dist import storage
@@ -101,6 +101,7 @@ def test_a_log_is_split_without_loss(shift: str, log: Path, tmp_path: Path) -> N
     assert manifest.columns == ["user", "item", "timestamp"]
 
 
+@settings(max_examples=20)
 @given(
     st.lists(
         st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 5), st.integers(0, 9)),

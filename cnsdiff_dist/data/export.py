@@ -12,7 +12,7 @@ import pyarrow as pa
 from cnsdiff_dist.data import writer
 from cnsdiff_dist.data.graph import index_dtype, write_csr
 from cnsdiff_dist.data.schema import INTERACTION_SCHEMA, SPLITS, Graph, Split
-from cnsdiff_dist.data.shifts import uniform
+from cnsdiff_dist.data.shifts import draw
 
 _BATCH = 1 << 17
 _SIDES = {"users": "user", "items": "item"}
@@ -76,13 +76,12 @@ def number_ids(db: duckdb.DuckDBPyConnection) -> None:
 
 
 def write_parts(
-    db: duckdb.DuckDBPyConnection, built: Path, seed: int, environments: int, timed: bool
+    db: duckdb.DuckDBPyConnection, built: Path, environments: int, timed: bool
 ) -> Parts:
     """Write everything but the manifest under ``built``."""
     columns = [*INTERACTION_SCHEMA.names, *(["timestamp"] if timed else [])]
     splits = {
-        name: writer.write_split(built, name, _split_rows(db, name, columns, seed))
-        for name in SPLITS
+        name: writer.write_split(built, name, _split_rows(db, name, columns)) for name in SPLITS
     }
     degree = {side: _degrees(db, table, side) for table, side in _SIDES.items()}
     edges = environment_edges(degree["item"], environments)
@@ -108,12 +107,12 @@ def environment_edges(degree: npt.NDArray[np.int64], environments: int) -> list[
 
 
 def _split_rows(
-    db: duckdb.DuckDBPyConnection, name: str, columns: list[str], seed: int
+    db: duckdb.DuckDBPyConnection, name: str, columns: list[str]
 ) -> pa.RecordBatchReader:
     # Train rows are shuffled, so that each block of them is a fair sample of the whole.
     order = '"user", item'
     if name == "train":
-        order = f"{uniform(seed, 'order')}, {order}"
+        order = f"{draw('order')}, {order}"
     listed = ", ".join(f'"{column}"::BIGINT AS "{column}"' for column in columns)
     return _query(
         db,

@@ -133,22 +133,22 @@ def _build(
     logs = ingest(db, files, recipe.how, say)
     timed = _check_columns(recipe, logs, files)
     export.code_ids(db)
-    dropped = stages.clean(db, logs, recipe.min_rating, recipe.drop_duplicates)
+    dropped = stages.clean(db, logs, recipe.min_rating, recipe.drop_duplicates, recipe.seed)
     say(f"dropped {_counts(dropped)}")
     if _cuts_future(recipe):
-        stages.cut(db, "test_ood", "temporal", recipe.test_fraction, recipe.seed)
+        stages.cut(db, "test_ood", "temporal", recipe.test_fraction)
     allowed = recipe.drop_unknown or not recipe.given
     dropped["cold"] = stages.drop_cold(db, logs, allowed)
     if not stages.count(db, "train"):
         raise UserError(f"{storage.display(files[0][1])}: no train row is left; lower --min-rating")
     export.number_ids(db)
-    stages.protect(db, recipe.seed)
+    stages.protect(db)
     for split, shift, fraction in _cuts(recipe, sources):
-        stages.cut(db, split, shift, fraction, recipe.seed)
+        stages.cut(db, split, shift, fraction)
         say(f"cut {split}: {stages.count(db, split):,} rows by {shift} order")
     say("writing splits, id maps and graph")
     with storage.explained(recipe.out, "write"):
-        parts = export.write_parts(db, built, recipe.seed, recipe.environments, timed)
+        parts = export.write_parts(db, built, recipe.environments, timed)
         return _write_manifest(recipe, parts, dropped, built)
 
 

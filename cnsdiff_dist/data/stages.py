@@ -1,7 +1,8 @@
 """The stages of ``prepare`` on its database: which rows stay, and in which split.
 
 ``rows`` has one line per kept interaction: split (an index into SPLITS), user and item (as
-numbers), timestamp, file and line (where it came from), kept (cuts leave it in train).
+numbers), timestamp, file and line (where it came from), key (random bits), kept (cuts leave it
+in train).
 """
 
 import duckdb
@@ -9,7 +10,7 @@ import duckdb
 from cnsdiff_dist.data.ingest import place
 from cnsdiff_dist.data.readers import Log
 from cnsdiff_dist.data.schema import SPLITS
-from cnsdiff_dist.data.shifts import hashed, order, share
+from cnsdiff_dist.data.shifts import draw, key, order, share
 from cnsdiff_dist.errors import UserError
 
 Database = duckdb.DuckDBPyConnection
@@ -18,7 +19,7 @@ _PRECEDENCE = ("train", "test_iid", "test_ood", "valid_iid", "valid_ood")
 
 
 def clean(
-    db: Database, logs: list[Log], min_rating: float | None, drop_duplicates: bool
+    db: Database, logs: list[Log], min_rating: float | None, drop_duplicates: bool, seed: int
 ) -> dict[str, int]:
     """``coded`` to ``rows``, less the rows that are not to be used; counts them by reason.
 
@@ -44,7 +45,7 @@ def clean(
         raise _duplicate(db, logs)
     db.execute(
         'CREATE TABLE rows AS SELECT split, "user", item, "timestamp", file, line, '
-        "false AS kept FROM judged WHERE reason IS NULL"
+        f"{key(seed)} AS key, false AS kept FROM judged WHERE reason IS NULL"
     )
     db.execute("DROP TABLE judged")
     reasons = ("duplicate", "in_other_split", "below_min_rating")
@@ -98,13 +99,13 @@ def drop_cold(db: Database, logs: list[Log], allowed: bool) -> int:
     return before - count(db)
 
 
-def protect(db: Database, seed: int) -> None:
+def protect(db: Database) -> None:
     """Mark the first row of every train user and item, so that no cut takes the last one away.
 
     First is earliest; ties, or a log without time, are settled by hash.
     """
     # (time, hash) in one number: aggregates of numbers are far cheaper than windows.
-    place = f'coalesce("timestamp", 0)::HUGEINT * {2**64}::HUGEINT + {hashed(seed, "protect")}'
+    place = f'coalesce("timestamp", 0)::HUGEINT * {2**64}::HUGEINT + ({draw("protect")})'
     db.execute(f"""
         CREATE TABLE marked AS
         WITH placed AS (SELECT "user", item, {place} AS place FROM rows WHERE split = 0),
@@ -116,14 +117,14 @@ def protect(db: Database, seed: int) -> None:
     db.execute("DROP TABLE rows; ALTER TABLE marked RENAME TO rows")
 
 
-def cut(db: Database, split: str, shift: str, fraction: float, seed: int) -> None:
+def cut(db: Database, split: str, shift: str, fraction: float) -> None:
     """Move the first rows of train, in the shift's order, to another split; not the kept ones."""
     db.execute(f"""
         CREATE TEMP TABLE taken AS SELECT "user", item
         FROM rows JOIN (SELECT item, count(*) AS degree FROM rows WHERE split = 0 GROUP BY item)
              USING (item)
         WHERE split = 0 AND NOT kept
-        ORDER BY {order(shift, seed, split)}, "user", item
+        ORDER BY {order(shift, split)}, "user", item
         LIMIT {share(count(db, "train"), fraction)}
     """)
     db.execute(f"""
