@@ -132,6 +132,8 @@ def _build(
     create_raw(db)
     logs = ingest(db, files, recipe.how, say)
     timed = _check_columns(recipe, logs, files)
+    if recipe.min_rating is None:
+        _note_ratings(db, say)
     export.code_ids(db)
     dropped = stages.clean(db, logs, recipe.min_rating, recipe.drop_duplicates, recipe.seed)
     say(f"dropped {_counts(dropped)}")
@@ -168,6 +170,12 @@ def _check_columns(recipe: Recipe, logs: list[Log], files: list[tuple[int, str]]
                 + (" or --valid-ood-fraction 0" if recipe.given else "")
             )
     return all("timestamp" in log.roles for log in logs)
+
+
+def _note_ratings(db: duckdb.DuckDBPyConnection, say: Say) -> None:
+    ((low, high),) = db.execute("SELECT min(rating), max(rating) FROM raw").fetchall()
+    if low is not None and low < high:
+        say(f"ratings go from {low:g} to {high:g}; without --min-rating every row is a positive")
 
 
 def _cuts_future(recipe: Recipe) -> bool:
