@@ -46,8 +46,8 @@ class Tables(Section):
 
 class Negatives(Section):
     kind: Literal["uniform", "cnsdiff"] = "cnsdiff"
-    mix_start: tuple[float, float] = Field((1.0, 9.0), description="Beta(a, b) of lambda at first")
-    mix_end: tuple[float, float] = Field((9.0, 1.0), description="Beta(a, b) of lambda at last")
+    mix_start: tuple[float, float] = Field((7.0, 3.0), description="Beta(a, b) of lambda at first")
+    mix_end: tuple[float, float] = Field((7.0, 3.0), description="Beta(a, b) of lambda at last")
 
     @model_validator(mode="after")
     def _beta_is_positive(self) -> Self:
@@ -62,7 +62,7 @@ class Generator(Section):
     levels: tuple[int, ...] = Field((10, 14, 18), description="noise levels of the candidates")
     condition: tuple[Literal["user", "environment"], ...] = ("user", "environment")
     hidden: int = Field(128, ge=1, description="width of the denoiser")
-    lr: float = Field(0.001, gt=0, description="Adam's learning rate")
+    lr: float = Field(0.002, gt=0, description="Adam's learning rate")
     snr_clip: float = Field(5.0, gt=0, description="upper bound of the SNR weights")
     detach: bool = Field(True, description="keep the diffusion loss out of the tables")
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -81,7 +81,7 @@ class Generator(Section):
 
 
 class Loss(Section):
-    contrastive: float = Field(0.3, ge=0, description="w_cl")
+    contrastive: float = Field(0.003, ge=0, description="w_cl")
     temperature: float = Field(2.0, gt=0, description="of the contrastive term")
     positive_noise: float = Field(0.1, ge=0, description="std of the noise on its positive")
     diffusion: float = Field(1.0, ge=0, description="w_diff")
@@ -90,12 +90,12 @@ class Loss(Section):
 
 
 class Train(Section):
-    epochs: int = Field(20, ge=1)
+    epochs: int = Field(10, ge=1)
     batch: int = Field(2048, ge=1, description="rows of a global step, over all ranks")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up of both learning rates")
     select_split: Literal["valid_iid", "valid_ood"] = "valid_iid"
     select_metric: str = Field("recall@20", pattern=r"^(recall|ndcg|hit|precision)@[1-9][0-9]*$")
-    patience: int = Field(5, ge=1, description="evaluations without a better one before stopping")
+    patience: int = Field(4, ge=1, description="evaluations without a better one before stopping")
     evaluations_per_epoch: int = Field(1, ge=1)
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
 

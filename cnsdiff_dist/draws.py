@@ -21,9 +21,13 @@ class Draws:
         self, key: tuple[int, int, int], streams: list[int], width: int, device: torch.device
     ) -> None:
         self._width, self._device = width, device
-        self._generators = [
-            np.random.Generator(np.random.Philox(np.random.SeedSequence((*key, stream))))
-            for stream in streams
+        seeds = [np.random.SeedSequence((*key, stream)) for stream in streams]
+        self._generators = [np.random.Generator(np.random.Philox(seed)) for seed in seeds]
+        # torch draws normals four times faster; always on the host, so that a GPU run
+        # draws what a CPU run draws.
+        self._normals = [
+            torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0]))
+            for seed in seeds
         ]
 
     def uniform(self, count: int) -> npt.NDArray[np.float64]:
@@ -32,9 +36,8 @@ class Draws:
 
     def normal(self, dim: int) -> Tensor:
         """N(0, 1), float32 [B, dim] on the device."""
-        shape = (self._width, dim)
-        parts = [g.standard_normal(shape, dtype=np.float32) for g in self._generators]
-        return torch.from_numpy(np.concatenate(parts)).to(self._device)
+        parts = [torch.randn(self._width, dim, generator=g) for g in self._normals]
+        return torch.cat(parts).to(self._device)
 
     def integers(self, high: int) -> Tensor:
         """Uniform over 0..high-1, int64 [B] on the device."""

@@ -36,11 +36,8 @@ def info_nce(
     """
     anchor, positive = functional.normalize(anchor_BD), functional.normalize(positive_BD)
     pool = [functional.normalize(rows).unflatten(0, (groups, -1)) for rows in negatives]
-    cosine = torch.baddbmm(
-        weight_B.new_zeros(1),
-        anchor.unflatten(0, (groups, -1)),
-        torch.cat(pool, 1).transpose(1, 2),
-        alpha=1 / temperature,
+    cosine = torch.bmm(
+        (anchor / temperature).unflatten(0, (groups, -1)), torch.cat(pool, 1).transpose(1, 2)
     )
     # Cosines over a temperature are bounded, so exp needs no shift by the maximum.
     present = (weight_B > 0).to(cosine).view(groups, -1, 1).repeat(1, len(pool), 1)

@@ -18,7 +18,7 @@ def _load(tmp_path: Path, text: str, *overrides: str) -> Config:
 def test_overrides_beat_the_file_which_beats_defaults(tmp_path: Path) -> None:
     text = "train: {epochs: 7, batch: 1024}\n"
     config = _load(tmp_path, text, "train.epochs=3", "loss.l2=1e-4", "generator.levels=[2,9]")
-    assert (config.train.epochs, config.train.batch, config.train.patience) == (3, 1024, 5)
+    assert (config.train.epochs, config.train.batch, config.train.patience) == (3, 1024, 4)
     assert config.loss.l2 == 1e-4 and config.generator.levels == (2, 9)
 
 

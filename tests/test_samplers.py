@@ -161,7 +161,9 @@ def test_the_hard_part_has_no_gradient_and_the_random_part_has(
 
 
 def test_lambda_moves_from_random_to_hard(tiny_graph: GraphArrays, world: World) -> None:
-    sampler, latents = CNSDiffSampler(_config(), tiny_graph, 3, world), _latents()
+    mix = {"mix_start": (1.0, 9.0), "mix_end": (9.0, 1.0)}
+    sampler = CNSDiffSampler(_config(negatives=mix), tiny_graph, 3, world)
+    latents = _latents()
     random = latents.candidate_BMD[:, 0]
     distance = [
         (sampler.negatives(latents, _draws(), progress).vector_BD - random).norm().item()

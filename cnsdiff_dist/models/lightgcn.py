@@ -73,11 +73,13 @@ class _MeanOfPowers(torch.autograd.Function):
 
 
 def _mean_of_powers(x_ND: Tensor, operator: Tensor, layers: int) -> Tensor:
-    # Horner: mean = (x + Â(x + Â(x + ..))) / (L + 1), one temporary at a time.
+    # Horner: mean = (x + Â(x + Â(x + ..))) / (L + 1), one temporary at a time, the division
+    # folded into the last product.
     out_ND = x_ND
-    for _ in range(layers):
-        out_ND = torch.addmm(x_ND, operator, out_ND)
-    return out_ND / (layers + 1)
+    for layer in range(1, layers + 1):
+        scale = 1 / (layers + 1) if layer == layers else 1.0
+        out_ND = torch.addmm(x_ND, operator, out_ND, beta=scale, alpha=scale)
+    return out_ND
 
 
 def propagate(block: Block, embedding_ND: Tensor, layers: int) -> Tensor:
