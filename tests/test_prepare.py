@@ -2,7 +2,9 @@
 
 import gzip
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import duckdb
@@ -333,6 +335,22 @@ def test_interrupted_anywhere_nothing_is_left(
         monkeypatch.setattr("cnsdiff_dist.data.writer.os.replace", replace)
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / "out", "--log", log, "--shift", "random")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_clean_up(number: int, tmp_path: Path) -> None:
+    rows = np.arange(600_000)
+    log = write_parquet(tmp_path / "log.parquet", user=rows // 8, item=rows * 7919 % 50_021)
+    words = ["prepare", str(tmp_path / "out"), "--log", str(log), "--shift", "popularity"]
+    command = [sys.executable, "-m", "cnsdiff_dist", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("read ")  # in the middle of its work
+        process.send_signal(number)
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert "Traceback" not in rest
     assert not (tmp_path / "out").exists()
 
 

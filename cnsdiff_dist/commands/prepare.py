@@ -1,7 +1,9 @@
 """``cnsdiff prepare``: raw interaction logs to a dataset directory."""
 
 import argparse
+import signal
 import sys
+import threading
 
 from cnsdiff_dist.data.prepare import Recipe, prepare
 from cnsdiff_dist.data.readers import FORMATS, ROLES, LogFormat
@@ -178,6 +180,9 @@ def run(args: argparse.Namespace) -> None:
         UserError: the options do not fit together, or the input or output is bad.
     """
     recipe = recipe_from(args)
+    if threading.current_thread() is threading.main_thread():
+        # A batch system stops a job by SIGTERM: clean up as for Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(summary(prepare(recipe, lambda line: print(line, file=sys.stderr, flush=True))))
 
 

@@ -106,6 +106,10 @@ def _database(room: Path, recipe: Recipe, say: Say) -> Iterator[duckdb.DuckDBPyC
         if "No space left" in reason:
             raise UserError(f"{where}: no space left; free some or write elsewhere") from None
         raise UserError(f"{where}: {reason}") from None
+    except RuntimeError as error:
+        if "interrupted" not in str(error):
+            raise
+        raise KeyboardInterrupt from None  # DuckDB's word for it
     finally:
         if db is not None:
             _close(db)
