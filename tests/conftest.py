@@ -28,14 +28,14 @@ def world() -> World:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small synthetic dataset, prepared through the command line."""
     out = str(tmp_path_factory.mktemp("data") / "synthetic")
-    assert main(["prepare", out, "--synthetic", "--users", "300", "--items", "200"]) == 0
+    assert main(["prepare", out, "--synthetic", "--users", "700", "--items", "250"]) == 0
     return out
 
 
 @pytest.fixture(scope="session")
 def other_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("data") / "other")
-    words = ["--synthetic", "--users", "300", "--items", "200", "--seed", "9"]
+    words = ["--synthetic", "--users", "700", "--items", "250", "--seed", "9"]
     assert main(["prepare", out, *words]) == 0
     return out
 
