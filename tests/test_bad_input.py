@@ -2,17 +2,30 @@
 
 import gzip
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 
 from cnsdiff_dist.errors import UserError
 from tests.preparing import prepare, write_parquet
 
 HEADER = "user,item,rating,timestamp\n"
 RANDOM = ["--shift", "random"]
+
+
+@pytest.fixture
+def dead_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An endpoint where nobody listens; fsspec keeps clients, which must not outlive it."""
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "joe")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def refused(tmp_path: Path, *words: object) -> str:
@@ -146,12 +159,8 @@ def test_nothing_left_to_train_on(tmp_path: Path) -> None:
         ("nowhere://bucket/log.csv", "unknown protocol 'nowhere'; use a path, s3://"),
     ],
 )
-def test_unreadable_urls_fail_fast_and_keep_secrets(
-    url: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "joe")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+@pytest.mark.usefixtures("dead_s3")
+def test_unreadable_urls_fail_fast_and_keep_secrets(url: str, shown: str, tmp_path: Path) -> None:
     start = time.monotonic()
     message = refused(tmp_path, "--log", url, *RANDOM)
     assert time.monotonic() - start < 20
@@ -159,13 +168,11 @@ def test_unreadable_urls_fail_fast_and_keep_secrets(
     assert "hunter2" not in message
 
 
-def test_outputs_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("dead_s3")
+def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     log = write_parquet(tmp_path / "log.parquet", user=[1, 2], item=[1, 2])
     with pytest.raises(UserError, match="a file is in the way"):
         prepare(log, "--log", log, *RANDOM)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "joe")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
     with pytest.raises(UserError, match=r"s3://bucket/out.*the host does not answer"):
         prepare("s3://bucket/out", "--log", log, *RANDOM)
 

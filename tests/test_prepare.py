@@ -309,7 +309,7 @@ def test_a_spilling_log_larger_than_the_memory_limit(tmp_path: Path) -> None:
         tmp_path / "log.parquet", user=users, item=(np.arange(rows) * 7919) % 50_021
     )
     words = ["--log", log, "--shift", "random", "--name", "same"]
-    tight = prepare(tmp_path / "tight", *words, "--memory-limit", "64MB")
+    tight = prepare(tmp_path / "tight", *words, "--memory-limit", "48MB")
     assert tight.digest == prepare(tmp_path / "wide", *words).digest
     assert sum(split.rows for split in tight.splits.values()) == rows
 
