@@ -46,8 +46,8 @@ class Tables(Section):
 
 class Negatives(Section):
     kind: Literal["uniform", "cnsdiff"] = "cnsdiff"
-    mix_start: tuple[float, float] = Field((7.0, 3.0), description="Beta(a, b) of lambda at first")
-    mix_end: tuple[float, float] = Field((7.0, 3.0), description="Beta(a, b) of lambda at last")
+    mix_start: tuple[float, float] = Field((3.0, 7.0), description="Beta(a, b) of lambda at first")
+    mix_end: tuple[float, float] = Field((3.0, 7.0), description="Beta(a, b) of lambda at last")
 
     @model_validator(mode="after")
     def _beta_is_positive(self) -> Self:
