@@ -126,7 +126,10 @@ def floor_milliseconds(config: Config, manifest: Manifest, graph: GraphArrays) -
     contrast = 2 * batch * 2 * width * dim / rate
     forward = (2 * table + propagation) / bandwidth
     update = 5 * table / bandwidth  # gradient gathered and read, rows read and written
+    probes = int(np.diff(graph.user_indptr).max()).bit_length()
     floors = {
+        "candidates": 64 * batch * probes / bandwidth,  # a cache line per probe of a bisection
+        "engine step": 7 * 4 * weights / bandwidth,  # Adam reads 4 and writes 3 arrays
         "encode": forward,
         "negatives": (1 + len(config.generator.levels)) * denoise + contrast,
         "backward": propagation / bandwidth + update + 2 * denoise + 2 * contrast,
