@@ -66,6 +66,19 @@ def display(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+def refuse_secrets(url: str) -> None:
+    """For URLs that are saved: no ``user:password@`` and no query, where tokens travel.
+
+    Raises:
+        UserError: the URL has one.
+    """
+    if display(url) != url and not is_local(url):
+        raise UserError(
+            f"{display(url)}: a URL with credentials or a query would be saved with the run; "
+            "give credentials by the environment or a profile"
+        )
+
+
 def join(url: str, relative: str) -> str:
     """``relative`` under the directory ``url``.
 

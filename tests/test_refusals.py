@@ -205,7 +205,9 @@ def test_no_credentials_in_what_is_shown_or_saved(
     config: str, tmp_path: Path, capsys: Capsys
 ) -> None:
     line = refusal(capsys, "train", config, "data.url=http://key:hunter2@127.0.0.1:9/data")
-    assert "hunter2" not in line and "127.0.0.1" in line
+    assert "hunter2" not in line and "127.0.0.1" in line and "environment" in line
+    line = refusal(capsys, "train", config, "run.dir=s3://key:hunter2@bucket/run")
+    assert "hunter2" not in line and "environment" in line
 
 
 def test_saved_json_is_whole(config: str, tmp_path: Path) -> None:

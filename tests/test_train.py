@@ -321,3 +321,51 @@ def test_a_second_output_replaces_the_first(trained: Path, tmp_path: Path) -> No
     (tmp_path / "r/part-00007.parquet").write_bytes(b"of an older, larger world")
     assert main(["recommend", str(trained), str(tmp_path / "r")]) == 0
     assert files_under(tmp_path / "r") == ["_SUCCESS", "part-00000.parquet"]
+
+
+# --- the loop -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["uniform", "cnsdiff"])
+def test_bpr_alone_reaches_the_rows_of_its_batch(
+    dataset: str, tmp_path: Path, world: World, kind: str
+) -> None:
+    config = small_config(
+        dataset, tmp_path, negatives={"kind": kind}, model={"layers": 0},
+        loss={"contrastive": 0.0, "diffusion": 0.0, "l2": 0.0},
+    )  # fmt: skip
+    trainer = _trainer(config, world)
+    before = {name: gather(t, world) for name, t in trainer.recommender.tables.weights().items()}
+    batch = next(iter(trainer._stream.batches(0)))
+    trainer.step(batch)
+    after = {name: gather(t, world) for name, t in trainer.recommender.tables.weights().items()}
+    moved = {name: (after[name] != before[name]).any(1) for name in before}
+    assert moved["user"][batch.users].all() and moved["item"][batch.items].all()
+    others = np.setdiff1d(np.arange(len(moved["user"])), batch.users)
+    assert not moved["user"][others].any()
+
+
+def test_warm_up_raises_both_learning_rates_linearly(
+    dataset: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = _trainer(small_config(dataset, tmp_path, train={"warmup_steps": 4}), world)
+    seen: dict[str, list[float]] = {"tables": [], "dense": []}
+    monkeypatch.setattr(trainer.recommender.tables, "scale_lr", seen["tables"].append)
+    monkeypatch.setattr(trainer.dense, "scale_lr", seen["dense"].append)
+    for batch in trainer._stream.batches(0):
+        trainer.step(batch)
+        trainer.progress.step += 1
+    assert seen["tables"] == seen["dense"] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_stops_early_when_validation_does_not_improve(
+    dataset: str, tmp_path: Path, world: World
+) -> None:
+    config = small_config(
+        dataset, tmp_path, tables={"optimizer": "sgd", "lr": 1e-12},
+        train={"epochs": 50, "patience": 2, "evaluations_per_epoch": 2},
+    )  # fmt: skip
+    trainer = _trainer(config, world)
+    trainer.fit(None)
+    assert trainer.finished and trainer.progress.evaluations_since_best == 2
+    assert trainer.progress.step < 3 * trainer._plan.steps

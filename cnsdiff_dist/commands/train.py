@@ -4,6 +4,7 @@ import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
+from cnsdiff_dist import storage
 from cnsdiff_dist.config import Config, describe_config, load_config
 from cnsdiff_dist.errors import UserError
 
@@ -46,13 +47,14 @@ def run(args: argparse.Namespace) -> None:
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": name})})
     if not config.data.url:
         raise UserError(f"{args.config}: data.url is not set; add data.url=DATASET")
+    for url in (config.data.url, config.run.dir):
+        storage.refuse_secrets(url)
     train(config)
 
 
 def train(config: Config) -> None:
     """Train one run to its end. Collective."""
     # Imported here so that `cnsdiff --help` does not wait for torch.
-    from cnsdiff_dist import storage
     from cnsdiff_dist.data.dataset import load_manifest
     from cnsdiff_dist.data.graph import open_graph
     from cnsdiff_dist.reporting import Reporter
