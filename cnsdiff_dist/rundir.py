@@ -16,6 +16,7 @@ import yaml
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.config import Config, dump_config, parse_config
+from cnsdiff_dist.data.dataset import MANIFEST
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.world import World
@@ -47,6 +48,8 @@ def _check_or_create(config: Config, manifest: Manifest, world: World) -> None:
         check_dataset(url, manifest)
         _check_same(read_config(url), config, storage.display(saved))
     else:
+        if storage.exists(f"{url}/{MANIFEST}"):
+            raise UserError(f"{storage.display(url)}: a dataset is here; choose another run.dir")
         dataset = {"name": manifest.name, "digest": manifest.digest}
         storage.write_text(f"{url}/dataset.json", json.dumps(dataset, indent=2) + "\n")
     storage.write_text(f"{url}/environment.json", json.dumps(_environment(world), indent=2) + "\n")

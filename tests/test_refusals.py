@@ -47,9 +47,13 @@ def refusal(capsys: Capsys, *words: object) -> str:
         ("train.select_split=valid_ood", None),
         ("run.dir=/proc/nowhere/run", "/proc/nowhere/run"),
         ("data.url=nope://bucket/x", "unknown protocol 'nope'"),
+        ("run.dir={dataset}", "a dataset is here"),
     ],
 )
-def test_wrong_config(config: str, capsys: Capsys, override: str, message: str | None) -> None:
+def test_wrong_config(
+    config: str, dataset: str, capsys: Capsys, override: str, message: str | None
+) -> None:
+    override = override.format(dataset=dataset)
     if message is None:
         assert main(["train", config, override]) == 0
     else:
