@@ -15,7 +15,7 @@ from cnsdiff_dist.errors import UserError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -27,7 +27,7 @@ class Data(Section):
 
 class Run(Section):
     dir: str = Field("", description="run directory, any fsspec URL; default runs/CONFIG-NAME")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     timeout_seconds: int = Field(600, ge=1, description="a collective that waits longer fails")
 
 
@@ -42,6 +42,15 @@ class Tables(Section):
     lr: float = Field(0.01, gt=0)
     eps: float = Field(1e-8, gt=0)
     init_std: float = Field(0.01, gt=0, description="standard deviation of the initial rows")
+
+    @model_validator(mode="after")
+    def _state_can_be_resharded(self) -> Self:
+        if self.sharding == "column_wise" and self.optimizer == "rowwise_adagrad":
+            raise ValueError(
+                "column_wise needs optimizer adagrad or sgd: a state per row, kept by each of "
+                "the row's shards, would depend on the world size"
+            )
+        return self
 
 
 class Negatives(Section):

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+_PURPOSE = 1  # the epoch plan has another, so that the two never share a stream
+
 
 class Draws:
     """The random numbers of one step, for the rows of the local streams.
@@ -21,7 +23,7 @@ class Draws:
         self, key: tuple[int, int, int], streams: list[int], width: int, device: torch.device
     ) -> None:
         self._width, self._device = width, device
-        seeds = [np.random.SeedSequence((*key, stream)) for stream in streams]
+        seeds = [np.random.SeedSequence((_PURPOSE, *key, stream)) for stream in streams]
         self._generators = [np.random.Generator(np.random.Philox(seed)) for seed in seeds]
         # torch draws normals four times faster; always on the host, so that a GPU run
         # draws what a CPU run draws.

@@ -4,6 +4,7 @@ Each rank writes its own part; ``_SUCCESS``, a line of JSON, is written last.
 """
 
 import json
+import re
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from cnsdiff_dist.trained import Trained
 
 Ids = npt.NDArray[np.int64]
 _DONE = "_SUCCESS"  # readers of a Parquet directory skip names with an underscore
+_PART = re.compile(r"((users|items)/)?part-\d{5}\.parquet")
 
 
 def write_embeddings(model: Trained, url: str) -> None:
@@ -94,15 +96,22 @@ def write_recommendations(model: Trained, url: str, users: Ids, k: int) -> int:
 
 
 def _begin(model: Trained, url: str) -> None:
-    """An older output at the same place stops being whole, then stops being there."""
+    """Remove an older output of ours, its ``_SUCCESS`` first; refuse to touch anything else.
+
+    Raises:
+        UserError: ``url`` holds other files.
+    """
     if model.world.is_main:
-        for name in [_DONE, *_parts(url)]:
+        found = storage.list_files(url)
+        foreign = [name for name in found if name != _DONE and not _PART.fullmatch(name)]
+        if foreign:
+            raise UserError(
+                f"{storage.display(url)}: holds other files ({foreign[0]}); "
+                "choose an empty directory"
+            )
+        for name in sorted(found, key=lambda name: name != _DONE):
             storage.delete_tree(f"{url}/{name}")
     model.world.barrier()
-
-
-def _parts(url: str) -> list[str]:
-    return [name for name in storage.list_files(url) if name.rpartition("/")[2].startswith("part-")]
 
 
 def _write_part(model: Trained, url: str, table: pa.Table) -> None:

@@ -38,6 +38,8 @@ class Recommender:
         Raises:
             UserError: an id is out of range.
         """
+        for table, ids in (("user", users), ("item", items)):
+            self.tables.refuse_out_of_range(table, ids)
         block, position = self._block(users, items)
         ego_ND = self.tables.lookup(block.users, block.items)
         h_ND = propagate(block, ego_ND, self._layers)

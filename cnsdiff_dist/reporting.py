@@ -74,7 +74,7 @@ class Reporter:
         self.say(f"epoch {epoch}  step {step}  {split}: {shown}{'  (best)' if best else ''}")
 
     def say(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _write(self, step: int, epoch: int, kind: str, values: dict[str, float]) -> None:
         record = {"step": step, "epoch": epoch, "kind": kind, "time": time.time(), **values}

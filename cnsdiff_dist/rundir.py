@@ -65,7 +65,13 @@ def read_config(url: str) -> Config:
     path = f"{url}/config.yaml"
     if not storage.exists(path):
         raise UserError(f"{storage.display(url)}: no run here (no config.yaml)")
-    return parse_config(yaml.safe_load(storage.read_text(path)), storage.display(path))
+    try:
+        tree = yaml.safe_load(storage.read_text(path))
+    except yaml.YAMLError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(f"{storage.display(path)}: damaged; choose another run.dir")
+    return parse_config(tree, storage.display(path))
 
 
 def check_dataset(url: str, manifest: Manifest) -> None:
@@ -73,11 +79,16 @@ def check_dataset(url: str, manifest: Manifest) -> None:
     Raises:
         UserError: the run was trained on another dataset.
     """
-    saved = json.loads(storage.read_text(f"{url}/dataset.json"))
-    if saved["digest"] != manifest.digest:
+    path = f"{url}/dataset.json"
+    try:
+        saved = json.loads(storage.read_text(path))
+        name, digest = saved["name"], saved["digest"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{storage.display(path)}: damaged; choose another run.dir") from None
+    if digest != manifest.digest:
         raise UserError(
-            f"{storage.display(url)}: this run was trained on another dataset ({saved['name']}, "
-            f"digest {saved['digest'][:12]}, not {manifest.digest[:12]}); choose another run.dir"
+            f"{storage.display(url)}: this run was trained on another dataset ({name}, "
+            f"digest {digest[:12]}, not {manifest.digest[:12]}); choose another run.dir"
         )
 
 
@@ -121,6 +132,7 @@ def git_revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else it is another's repository
         revision = git("rev-parse", "HEAD")
         return revision + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.utils import get_protocol
@@ -62,8 +62,17 @@ def display(url: str) -> str:
     """The URL as it may be shown: without ``user:password@``, query and fragment."""
     if is_local(url):
         return str(local_path(url))
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return "::".join(_without_secrets(part) for part in url.split("::"))
+
+
+def _without_secrets(url: str) -> str:
+    scheme, mark, rest = re.split(r"[?#]", url, maxsplit=1)[0].rpartition("://")
+    head, at, tail = rest.rpartition("@")
+    # abfs://container@account has an @ and no secret; http://host:80/a@b has a port.
+    user_info = head.partition("/")[0]
+    if at and ":" in head and not (":" in user_info and user_info.rpartition(":")[2].isdigit()):
+        rest = tail
+    return f"{scheme}{mark}{rest}"
 
 
 def refuse_secrets(url: str) -> None:
@@ -333,23 +342,30 @@ def cache_dir() -> Path:
     return Path(given) if given else Path("~/.cache/cnsdiff_dist").expanduser()
 
 
-def local_copy(url: str) -> Path:
-    """A local path with the file's bytes, good for memory-mapping.
+def local_copy(url: str, sha256: str) -> Path:
+    """A local path with these very bytes, good for memory-mapping.
 
-    A local URL is returned as it is; a remote one is downloaded once per version (its
-    fsspec ``ukey``: ETag, or size and date) into :func:`cache_dir`.
+    A local file is checked where it is; a remote one is downloaded once per content into
+    :func:`cache_dir`. Reads every byte: about a second per gigabyte.
+
+    Raises:
+        UserError: the file is missing, or its sha256 is another.
     """
-    if is_local(url):
-        path = local_path(url)
+    path = local_path(url)
+    if not is_local(url):
+        path = cache_dir() / sha256 / PurePosixPath(path).name
         if not path.is_file():
-            raise UserError(f"{display(url)}: cannot read: no such file; check the path")
-        return path
-    with explained(url, "read"):
-        fs, remote = filesystem(url)
-        version = _retry(fs, lambda: str(fs.ukey(remote)))
-        key = hashlib.sha256(f"{url}\n{version}".encode()).hexdigest()[:32]
-        target = cache_dir() / key / PurePosixPath(remote).name
-    if not target.is_file():
-        with explained(str(target), "write"), _replacing(target) as file, open_read(url) as source:
-            shutil.copyfileobj(source, file, 1 << 22)
-    return target
+            with explained(str(path), "write"), _replacing(path) as file, open_read(url) as source:
+                shutil.copyfileobj(source, file, 1 << 22)
+    if not path.is_file():
+        raise UserError(f"{display(url)}: cannot read: no such file; check the path")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        if not is_local(url):
+            path.unlink()  # do not keep a damaged copy
+        raise UserError(
+            f"{display(url)}: damaged: its sha256 is not the manifest's; "
+            "run `cnsdiff prepare` again"
+        )
+    return path

@@ -53,9 +53,13 @@ def open_trained(run_url: str, data_url: str | None) -> Trained:
 
 
 def _best(commits: list[Commit], run_url: str) -> Commit:
-    """The best checkpoint as the newest one knows it."""
+    """The best checkpoint by validation, as the newest one knows it."""
+    where = storage.display(run_url)
     if not commits:
-        raise UserError(f"{storage.display(run_url)}: no committed checkpoint yet; train it first")
+        raise UserError(f"{where}: no committed checkpoint yet; train it first")
     best_step = commits[-1].record["progress"]["best_step"]
     matching = [commit for commit in commits if commit.step == best_step]
-    return matching[0] if matching else commits[-1]
+    if not matching:
+        why = f"its best checkpoint, step {best_step}, is gone" if best_step else "not evaluated"
+        raise UserError(f"{where}: {why}; train it further")
+    return matching[0]

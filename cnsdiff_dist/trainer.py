@@ -167,13 +167,15 @@ class Trainer:
             values = self._meter.read(step)
             if reporter:
                 reporter.log(step, epoch, values)
-        evaluated = self._is_evaluation(step_in_epoch + 1)
         self._meter.pause()
-        if evaluated:
-            self._evaluate(epoch, reporter)
+        evaluation = self._is_evaluation(step_in_epoch + 1)
         every = self.config.checkpoint.every_steps
-        if evaluated or (every and step % every == 0):
-            self._save(reporter)
+        if evaluation or (every and step % every == 0):
+            state = self.state()
+            self._refuse_divergence(state)
+            if evaluation:
+                self._evaluate(epoch, reporter)
+            self._save(state, reporter)
         self._meter.go_on()
 
     def _is_evaluation(self, done: int) -> bool:
@@ -192,16 +194,32 @@ class Trainer:
         if reporter:
             reporter.evaluation(progress.step, epoch, result, better)
 
-    def _save(self, reporter: Reporter | None) -> None:
+    def _refuse_divergence(self, state: dict[str, Any]) -> None:
+        """What is not finite is neither evaluated nor saved. Collective."""
+        tables = [table for kind in state["tables"].values() for table in kind.values()]
+        tensors = [shard.tensor for table in tables for shard in table.local_shards()]
+        tensors += [tensor for entry in state["dense"].values() for tensor in entry.values()]
+        bad = sum((~torch.isfinite(tensor)).any().float() for tensor in tensors)
+        if self.world.sum(torch.as_tensor(bad, device=self.world.device)) > 0:
+            raise _diverged("a parameter is not a finite number", self.progress.step)
+
+    def _save(self, state: dict[str, Any], reporter: Reporter | None) -> None:
         if reporter:
             reporter.publish()
         progress = asdict(self.progress)
         if not math.isfinite(self.progress.best):
             progress.pop("best")  # JSON has no infinity; the default is the same
         record = {"progress": progress, "world_size": self.world.size}
-        self.checkpoints.save(self.progress.step, self.state(), record)
+        self.checkpoints.save(self.progress.step, state, record)
         best = self.progress.best_step or None
         self.checkpoints.prune(self.config.checkpoint.keep, best)
+
+
+def _diverged(what: str, step: int) -> UserError:
+    return UserError(
+        f"training diverged: {what} at step {step}; lower tables.lr or generator.lr "
+        "(earlier checkpoints are good)"
+    )
 
 
 class _Meter:
@@ -230,15 +248,13 @@ class _Meter:
         Raises:
             UserError: the loss is not a finite number.
         """
-        self.pause()
         totals = self._world.sum(torch.stack(list(self._sums.values()))).tolist()
+        self.pause()
         values = dict(zip(self._sums, totals, strict=True))
         pace = values.pop("rows") / self._seconds
         means = {name: value / self._steps for name, value in values.items()}
         if not math.isfinite(means["loss"]):
-            raise UserError(
-                f"the loss is {means['loss']} near step {step}; lower tables.lr or generator.lr"
-            )
+            raise _diverged(f"the loss is {means['loss']}", step)
         self._sums, self._steps, self._seconds = {}, 0, 0.0
         self.go_on()
         return {**means, "samples_per_second": pace}

@@ -13,11 +13,12 @@ from cnsdiff_dist.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """One process's place: ``rank`` in 0..size-1 and its ``device``."""
+    """One process's place: ``rank`` in 0..size-1, its ``device``, and the node's ranks."""
 
     rank: int
     size: int
     device: torch.device
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -69,7 +70,8 @@ def join_world(timeout_seconds: int) -> World:
             raise UserError(
                 f"cannot join the other ranks: {reason}; launch with torchrun"
             ) from None
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return World(dist.get_rank(), dist.get_world_size(), device, local_size)
 
 
 def leave_world() -> None:

@@ -99,10 +99,19 @@ def test_diffusion_is_weighted_mse_plus_kl() -> None:
                 for z, e in zip(z0[step].tolist(), noise[step].tolist(), strict=True)
             ]
             p, q = variance(step), variance(step - 1)
+            here = math.sqrt(alpha_bar[step]), math.sqrt(1 - alpha_bar[step])
+            noisy = [
+                here[0] * z + here[1] * e
+                for z, e in zip(z0[step].tolist(), noise[step].tolist(), strict=True)
+            ]
+            means = [
+                math.sqrt(a) * f + math.sqrt(1 - a) * (zt - here[0] * f) / here[1]
+                for f, zt in zip(prediction[step].tolist(), noisy, strict=True)
+            ]
             kl = (
                 sum(
                     math.log(math.sqrt(q) / math.sqrt(p)) + (p + (f - m) ** 2) / (2 * q) - 0.5
-                    for f, m in zip(prediction[step].tolist(), target, strict=True)
+                    for f, m in zip(means, target, strict=True)
                 )
                 / D
             )
@@ -118,3 +127,14 @@ def test_predicting_the_mean_of_standard_latents_scores_one() -> None:
         lambda zt, _: torch.zeros_like(zt), z0, t, noise, schedule, 5.0, 0.0
     )
     assert error.mean().item() == pytest.approx(1.0, abs=0.02)
+
+
+def test_the_causal_term_is_least_at_the_true_latent() -> None:
+    schedule, t = make_schedule("cosine", 20), torch.arange(20)
+    z0, noise = torch.randn(2, 20, D)
+    least = losses.causal_kl(z0, z0, t, noise, schedule)
+    for direction in (torch.randn(20, D), noise, -noise):
+        for size in (0.1, 1.0):
+            moved = losses.causal_kl(z0 + size * direction, z0, t, noise, schedule)
+            assert (moved[1:] > least[1:]).all()
+    assert least[0] == 0

@@ -107,7 +107,7 @@ def test_damaged_dataset(dataset: str, config: str, tmp_path: Path, capsys: Caps
     copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
     (copy / "graph/user_items.bin").write_bytes(b"1234")
     line = refusal(capsys, "train", config, f"data.url={copy}")
-    assert "user_items.bin: 4 bytes" in line
+    assert "user_items.bin: damaged" in line
     (copy / "manifest.json").write_text("{}")
     assert "manifest.json: not a dataset manifest" in refusal(
         capsys, "train", config, f"data.url={copy}"

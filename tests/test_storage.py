@@ -1,6 +1,7 @@
 """Storage: URLs, atomic writes, listings, caching; the errors a user sees."""
 
 import errno
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -77,11 +78,44 @@ def test_uploads_and_local_copies(
     source.write_bytes(b"one")
     Path(root).mkdir(exist_ok=True) if storage.is_local(root) else None
     storage.upload(source, f"{root}/file")
-    copy = storage.local_copy(f"{root}/file")
+    first = hashlib.sha256(b"one").hexdigest()
+    copy = storage.local_copy(f"{root}/file", first)
     assert copy.read_bytes() == b"one"
-    assert storage.local_copy(f"{root}/file") == copy
+    assert storage.local_copy(f"{root}/file", first) == copy
     storage.write_bytes(f"{root}/file", b"two, a newer version")
-    assert storage.local_copy(f"{root}/file").read_bytes() == b"two, a newer version"
+    second = hashlib.sha256(b"two, a newer version").hexdigest()
+    assert storage.local_copy(f"{root}/file", second).read_bytes() == b"two, a newer version"
+
+
+def test_a_local_copy_of_other_bytes_is_refused_and_not_kept(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CNSDIFF_CACHE", str(tmp_path / "cache"))
+    storage.write_bytes(f"{root}/file", b"damaged")
+    with pytest.raises(UserError, match="damaged: its sha256"):
+        storage.local_copy(f"{root}/file", "0" * 64)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://key:hunter2@bucket/x",
+        "s3://key:hun/ter2@bucket/x",
+        "simplecache::s3://key:hunter2@bucket/x",
+        "http://host/x?token=hunter2",
+    ],
+)
+def test_urls_with_secrets_are_refused(url: str) -> None:
+    with pytest.raises(UserError) as caught:
+        storage.refuse_secrets(url)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["abfs://box@account.dfs.host/x", "http://h:9000/a@b", "/a?b@c:d"])
+def test_urls_without_secrets_are_accepted_and_shown_whole(url: str) -> None:
+    storage.refuse_secrets(url)
+    assert storage.display(url) == url
 
 
 def test_a_new_file_has_the_usual_rights(tmp_path: Path) -> None:

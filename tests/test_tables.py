@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,16 +114,18 @@ def test_two_ranks_equal_unsharded(size: int, sharding: Any) -> None:
             assert torch.allclose(got[name], expected[name], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("users", "items", "message"),
-    [([0, 11], [0], "user ids"), ([0], [7], "item ids"), ([-1], [0], "user ids")],
-)
-def test_ids_out_of_range_are_refused_before_the_lookup(
-    world: World, users: list[int], items: list[int], message: str
-) -> None:
+@pytest.mark.parametrize(("table", "bad"), [("user", USERS), ("item", ITEMS), ("user", -1)])
+def test_ids_out_of_range_are_refused(world: World, table: str, bad: int) -> None:
     tables = ShardedTables(USERS, ITEMS, DIM, Tables(), 0, world)
-    with pytest.raises(UserError, match=message):
-        tables.lookup(torch.tensor(users), torch.tensor(items))
+    tables.refuse_out_of_range(table, np.array([0, 1]))
+    with pytest.raises(UserError, match=f"{table} ids must lie in"):
+        tables.refuse_out_of_range(table, np.array([0, bad]))
+
+
+def test_more_ranks_than_rows_are_refused() -> None:
+    world = World(0, 4, torch.device("cpu"), 4)
+    with pytest.raises(UserError, match="4 ranks are too many for the item table's 5 rows"):
+        ShardedTables(USERS, 5, DIM, Tables(), 0, world)
 
 
 def test_first_rows_do_not_depend_on_the_cut() -> None:

@@ -63,10 +63,12 @@ def run(args: argparse.Namespace) -> None:
 def _print_table(result: dict[str, Any], ks: tuple[int, ...], path: str) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     names = ["recall", "ndcg", "hit", "precision"]
     title = f"{result['dataset']} {result['split']}, {result['users']} users, step {result['step']}"
-    table = Table("items", "users", *(f"{name}@{k}" for k in ks for name in names), title=title)
+    columns = (f"{name}@{k}" for k in ks for name in names)
+    table = Table("items", "users", *columns, title=Text(title))
     rows = [("all", result["users"], result["metrics"])]
     rows += [(_bucket(entry), entry["users"], entry) for entry in result["environments"]]
     for label, users, metrics in rows:

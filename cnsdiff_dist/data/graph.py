@@ -48,7 +48,7 @@ def open_graph(url: str, manifest: Manifest) -> GraphArrays:
 
 def _open(url: str, blob: Blob, dtype: np.dtype[Any], length: int) -> Array:
     source = storage.join(url, blob.path)
-    path = storage.local_copy(source)
+    path = storage.local_copy(source, blob.sha256)
     size, expected = path.stat().st_size, length * dtype.itemsize
     if size != expected or blob.bytes != expected:
         raise UserError(

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from cnsdiff_dist.errors import UserError
 
 PAD = -1
+_PURPOSE = 0  # draws.py has another, so that the two never share a stream
 Rows = npt.NDArray[np.int64]
 
 
@@ -101,4 +102,4 @@ def local_streams(streams: int, rank: int, world_size: int) -> list[int]:
 
 
 def _generator(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((_PURPOSE, *key))))

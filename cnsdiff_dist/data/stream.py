@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -152,10 +153,8 @@ class _ShardReader:
         where = f"{storage.display(self._url)} row group {group}"
         with self._lock:
             file = self._file = self._file or self._open()
-            try:
+            with storage.explained(self._url, f"read row group {group} of"), _damage(where):
                 table = file.read_row_group(group, columns=INTERACTION_SCHEMA.names)
-            except (pa.ArrowException, OSError) as error:
-                raise UserError(f"{where}: cannot be read: {_first_line(error)}") from error
         if any(column.null_count for column in table.columns):
             raise UserError(f"{where}: holds nulls; run `cnsdiff prepare` again")
         pairs = np.stack([column.to_numpy() for column in table.columns], axis=1)
@@ -164,10 +163,10 @@ class _ShardReader:
 
     def _open(self) -> pq.ParquetFile:
         where = storage.display(self._url)
-        try:
-            file = pq.ParquetFile(storage.open_read(self._url), pre_buffer=True)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{where}: not a whole Parquet file: {_first_line(error)}") from error
+        with storage.explained(self._url, "read"), _damage(f"{where}: not a whole Parquet file"):
+            file = pq.ParquetFile(
+                storage.open_read(self._url), pre_buffer=True, page_checksum_verification=True
+            )
         found = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         if found != self._groups:
             raise UserError(
@@ -194,5 +193,13 @@ def check_ids(pairs: Pairs, limits: tuple[int, int], where: str) -> None:
             raise UserError(f"{where}: {name} {bad} is not in 0..{limit - 1}; prepare again")
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+@contextmanager
+def _damage(where: str) -> Iterator[None]:
+    """What Arrow says of a file's content; errors of the disk or the network pass through."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{where}: damaged ({reason}); run `cnsdiff prepare` again") from error

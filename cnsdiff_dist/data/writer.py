@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cnsdiff_dist import storage
-from cnsdiff_dist.data.dataset import MANIFEST
+from cnsdiff_dist.data.dataset import MANIFEST, load_manifest
 from cnsdiff_dist.data.schema import SPLITS, Blob, Shard, Split
 from cnsdiff_dist.errors import UserError
 
@@ -73,22 +73,35 @@ def check_output(out: str, overwrite: bool) -> None:
         UserError: ``out`` is a dataset, or holds anything, and may not be replaced; or it is
             remote and does not accept a file.
     """
-    if not overwrite:
-        _refuse_content(out)
+    if storage.exists(storage.join(out, MANIFEST)):
+        if not overwrite:
+            raise UserError(f"{storage.display(out)}: a dataset is here; --overwrite replaces it")
+        _refuse_strangers(out)
+    elif storage.list_files(out):
+        raise UserError(
+            f"{storage.display(out)}: not empty, and not a dataset; choose another directory"
+        )
     if not storage.is_local(out):
         probe = storage.join(out, f"{_STAGING}probe")
         storage.write_bytes(probe, b"-")
         storage.delete_tree(probe)
 
 
-def _refuse_content(out: str) -> None:
-    if storage.exists(storage.join(out, MANIFEST)):
-        raise UserError(f"{storage.display(out)}: a dataset is here; --overwrite replaces it")
-    if storage.list_files(out):
-        raise UserError(
-            f"{storage.display(out)}: not empty; choose another directory, or --overwrite to "
-            "put the dataset beside what is there"
-        )
+def _refuse_strangers(out: str) -> None:
+    """Replacing a dataset deletes its folders: nothing of the user's may lie in them."""
+    manifest = load_manifest(out)
+    graph = manifest.graph
+    blobs = (graph.user_indptr, graph.user_items, graph.item_indptr, graph.item_users)
+    ours = {blob.path for blob in blobs}
+    for split in (*manifest.splits.values(), *manifest.ids.values()):
+        ours |= {shard.path for shard in split.shards}
+    for name in storage.list_files(out):
+        folder = name.partition("/")[0]
+        if folder in _PARTS and folder != "truth" and name not in ours:
+            raise UserError(
+                f"{storage.display(out)}/{name}: not of the dataset there, which --overwrite "
+                "would delete; move it away"
+            )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ removed by the next one.
 import errno
 import json
 import logging
+import pickle
 import re
 import warnings
 from collections.abc import Iterator
@@ -15,15 +16,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.world import World
 
 _COMMIT = "commit.json"
+_DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _NAME = re.compile(r"^step-(\d{8,})$")
 
 
@@ -86,7 +90,7 @@ class Checkpoints:
             UserError: unreadable, or of a model with other shapes.
         """
         with _one_line(commit.url, "read"):
-            dcp.load(state, storage_reader=FsspecReader(commit.url))
+            dcp.load(state, storage_reader=_Reader(commit.url))
 
     def prune(self, keep: int, best_step: int | None) -> None:
         """Delete all but the newest ``keep`` and the best, and what was never committed."""
@@ -108,6 +112,33 @@ def _read_commit(url: str) -> dict[str, Any]:
     except ValueError:
         raise UserError(f"{storage.display(where)}: not JSON; delete this checkpoint") from None
     return record
+
+
+class _Reader(FsspecReader):
+    """Reads ``.metadata``, a pickle, without running what it does not know.
+
+    The tensors themselves are loaded by torch with ``weights_only``.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+            metadata: Metadata = _MetadataUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        known = (
+            module == "torch.distributed.checkpoint.metadata"
+            or (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+            or (module, name) == ("torch.serialization", "_get_layout")
+            or (module == "torch" and (name == "Size" or name in _DTYPES))
+        )
+        if not known:
+            raise ValueError(f"its .metadata names {module}.{name}: not a checkpoint of ours")
+        return super().find_class(module, name)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ Shapes: n looked-up rows of a table, D embedding dim.
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -41,6 +43,12 @@ class ShardedTables:
         self, users: int, items: int, dim: int, config: Tables, seed: int, world: World
     ) -> None:
         self.rows = {"user": users, "item": items}
+        for table, rows in self.rows.items():
+            if config.sharding == "row_wise" and -(-rows // world.size) * (world.size - 1) >= rows:
+                raise UserError(
+                    f"{world.size} ranks are too many for the {table} table's {rows} rows; "
+                    "use fewer, or tables.sharding=table_wise"
+                )
         self._lr = config.lr
         collection = embedding_tables(users, items, dim)
         options = {"lr": config.lr} if config.optimizer == "sgd" else {
@@ -51,7 +59,7 @@ class ShardedTables:
         layout = _layout(config.sharding, world.size)
         plan = construct_module_sharding_plan(
             collection, layout, sharder=sharder, world_size=world.size,
-            local_size=world.size, device_type=world.device.type,
+            local_size=world.local_size, device_type=world.device.type,
         )  # fmt: skip
         self._model = DistributedModelParallel(
             collection,
@@ -74,12 +82,10 @@ class ShardedTables:
                 shard.tensor.detach().copy_(first[:, column : column + columns])
 
     def lookup(self, users: Tensor, items: Tensor) -> Tensor:
-        """Table rows of distinct ids, users first: int64 [n_u], [n_i] -> [n_u + n_i, D].
+        """Table rows of distinct ids in range, users first: int64 [n_u], [n_i] -> [n_u + n_i, D].
 
-        Raises:
-            UserError: an id is out of range (TorchRec would train another row).
+        Whoever makes the ids passes them through :meth:`refuse_out_of_range` first.
         """
-        self._refuse_out_of_range(users, items)
         features = KeyedJaggedTensor(
             keys=list(TABLES),
             values=torch.cat([users, items]),
@@ -88,13 +94,14 @@ class ShardedTables:
         found = self._model(features)
         return torch.cat([found[table].values() for table in TABLES])
 
-    def _refuse_out_of_range(self, *ids: Tensor) -> None:
-        for table, values in zip(TABLES, ids, strict=True):
-            inside = ((values >= 0) & (values < self.rows[table])).all()
-            if values.is_cuda:
-                torch._assert_async(inside)  # no wait for the device
-            elif not inside:
-                raise UserError(f"{table} ids must lie in 0..{self.rows[table] - 1}")
+    def refuse_out_of_range(self, table: str, ids: npt.NDArray[np.int64]) -> None:
+        """
+        Raises:
+            UserError: an id of these (on the host, so that no device is waited for) is not a
+                row of the table. TorchRec would train some other row, or hang.
+        """
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.rows[table]):
+            raise UserError(f"{table} ids must lie in 0..{self.rows[table] - 1}")
 
     def scale_lr(self, factor: float) -> None:
         """Set the learning rate of the next updates to ``factor`` x the configured one."""

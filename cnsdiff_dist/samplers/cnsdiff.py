@@ -106,15 +106,16 @@ class Standard:
 
     def __init__(self, latents: Latents, world: World) -> None:
         with torch.no_grad():
-            weight_B1 = latents.weight[:, None]
-            rows = torch.cat([latents.positive_BD, latents.user_BD], dim=1)
+            # float64: the variance is a small difference of large sums.
+            weight_B1 = latents.weight[:, None].double()
+            rows = torch.cat([latents.positive_BD, latents.user_BD], dim=1).double()
             sums = torch.stack([(weight_B1 * rows).sum(0), (weight_B1 * rows * rows).sum(0)])
-            count = latents.weight.sum().expand(2, 1)
+            count = weight_B1.sum().expand(2, 1)
             total = world.sum(torch.cat([sums, count], dim=1))
             mean, square = total[:, :-1] / total[:, -1:]
             std = (square - mean * mean).clamp(min=1e-12).sqrt()
-            self._item_mean, self._user_mean = mean.chunk(2)
-            self.item_std, self._user_std = std.chunk(2)
+            self._item_mean, self._user_mean = mean.float().chunk(2)
+            self.item_std, self._user_std = std.float().chunk(2)
 
     def item(self, h_BD: Tensor) -> Tensor:
         return (h_BD - self._item_mean) / self.item_std
