@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.published import PublishedStep, published_evaluation
+from cnsdiff_dist.cli import quiet
 from cnsdiff_dist.config import Config, load_config
 from cnsdiff_dist.data.dataset import load_manifest, read_split
 from cnsdiff_dist.data.graph import GraphArrays, open_graph
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_args()
+    quiet()
     torch.set_num_threads(1)
     words = [f"data.url={args.data}", f"run.dir={tempfile.mkdtemp()}", "loss.contrastive=0.3"]
     config = load_config(args.config, [*words, "negatives.kind=cnsdiff", *args.overrides])

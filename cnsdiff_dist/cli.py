@@ -29,7 +29,7 @@ several processes: torchrun --nproc-per-node 2 -m cnsdiff_dist train configs/dem
 def main(words: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = _parser().parse_args(words)
-    _quiet()
+    quiet()
     try:
         args.run(args)
     except UserError as error:
@@ -77,7 +77,7 @@ def _complain(line: str) -> None:
     print(f"cnsdiff: error{where}: {' '.join(line.split())}", file=sys.stderr)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """The libraries' notices are for their developers; errors still show."""
     warnings.simplefilter("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")

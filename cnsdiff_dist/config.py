@@ -6,7 +6,7 @@ nearest known one; nothing is silently ignored.
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -80,6 +80,8 @@ class Generator(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if len(set(self.condition)) < len(self.condition):
+            raise ValueError("condition names user and environment at most once each")
         if not self.levels or list(self.levels) != sorted(set(self.levels)):
             raise ValueError("levels must be ascending noise levels, each once")
         if self.levels[0] < 1 or self.levels[-1] > self.steps:
@@ -115,7 +117,9 @@ class Checkpoints(Section):
 
 
 class Evaluation(Section):
-    k: tuple[int, ...] = (10, 20)
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (10, 20), min_length=1, description="lengths of the lists that are evaluated"
+    )
     users_per_chunk: int = Field(256, ge=1)
 
 
@@ -219,6 +223,8 @@ def _explain(error: ValidationError) -> str:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else "see `cnsdiff train --help-config`"
         return f"unknown key {key}; {hint}"
+    if first["type"] in ("model_type", "model_attributes_type"):
+        return f"{key} is a section; write {key}.KEY=VALUE"
     message = first["msg"].removeprefix("Value error, ")
     got = first.get("input")
     shown = "" if isinstance(got, dict | BaseModel) else f", not {got!r}"
@@ -236,5 +242,13 @@ def describe_config() -> list[tuple[str, str, Any, str]]:
     rows = []
     for section, field in Config.model_fields.items():
         for key, inner in type(field.default).model_fields.items():
-            rows.append((section, key, inner.default, inner.description or ""))
+            texts = (inner.description, " | ".join(_choices(inner.annotation)))
+            rows.append((section, key, inner.default, "; ".join(filter(None, texts))))
     return rows
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The values of a Literal, also inside a tuple."""
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    return [choice for inner in get_args(annotation) for choice in _choices(inner)]

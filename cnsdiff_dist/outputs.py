@@ -39,7 +39,7 @@ def write_embeddings(model: Trained, url: str) -> None:
 
 
 def listed_users(model: Trained, file: str | None) -> Ids:
-    """The rows of the raw user ids in a text file, one a line; all users without one.
+    """The rows of the raw user ids in a text file, each once; all users without a file.
 
     Raises:
         UserError: a line that is not a user of the dataset.
@@ -57,7 +57,7 @@ def listed_users(model: Trained, file: str | None) -> Ids:
             rows.append(row_of[line.strip()])
     if not rows:
         raise UserError(f"{storage.display(file)}: no user ids in it")
-    return np.array(rows, np.int64)
+    return np.array(list(dict.fromkeys(rows)), np.int64)
 
 
 def write_recommendations(model: Trained, url: str, users: Ids, k: int) -> int:

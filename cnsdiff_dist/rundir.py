@@ -16,11 +16,11 @@ import yaml
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.config import Config, dump_config, parse_config
-from cnsdiff_dist.data.dataset import MANIFEST
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.world import World
 
+_CONFIG, _DATASET, _ENVIRONMENT = "config.yaml", "dataset.json", "environment.json"
 # A run may be continued under another value of these: they do not change what is learned,
 # or, like the number of epochs, only how long.
 _MAY_CHANGE = {
@@ -30,30 +30,40 @@ _MAY_CHANGE = {
 }  # fmt: skip
 
 
-def open_run(config: Config, manifest: Manifest, world: World) -> None:
-    """Create the run directory, or check that this config and dataset continue it.
+def check_run(config: Config, manifest: Manifest) -> None:
+    """Whether this config and dataset may start, or continue, the run at ``config.run.dir``.
 
     Raises:
-        UserError: it belongs to another dataset or config, or cannot be written.
+        UserError: it belongs to another dataset or config, or the directory is not a run's.
+    """
+    url = config.run.dir
+    if storage.exists(f"{url}/{_CONFIG}"):
+        check_dataset(url, manifest)
+        _check_same(read_config(url), config, storage.display(f"{url}/{_CONFIG}"))
+    elif strangers := set(storage.list_files(url)) - {_DATASET, _ENVIRONMENT}:
+        raise UserError(
+            f"{storage.display(url)}: not empty ({min(strangers)}) and not a run; "
+            "choose another run.dir"
+        )
+
+
+def open_run(config: Config, manifest: Manifest, world: World) -> None:
+    """Write what identifies the run; the config last, since it makes the directory a run.
+
+    Raises:
+        UserError: it cannot be written.
     """
     if world.is_main:
-        _check_or_create(config, manifest, world)
+        url = config.run.dir
+        if not storage.exists(f"{url}/{_CONFIG}"):
+            _write_json(f"{url}/{_DATASET}", {"name": manifest.name, "digest": manifest.digest})
+        _write_json(f"{url}/{_ENVIRONMENT}", _environment(world))
+        storage.write_text(f"{url}/{_CONFIG}", dump_config(config))
     world.barrier()
 
 
-def _check_or_create(config: Config, manifest: Manifest, world: World) -> None:
-    url = config.run.dir
-    saved = f"{url}/config.yaml"
-    if storage.exists(saved):
-        check_dataset(url, manifest)
-        _check_same(read_config(url), config, storage.display(saved))
-    else:
-        if storage.exists(f"{url}/{MANIFEST}"):
-            raise UserError(f"{storage.display(url)}: a dataset is here; choose another run.dir")
-        dataset = {"name": manifest.name, "digest": manifest.digest}
-        storage.write_text(f"{url}/dataset.json", json.dumps(dataset, indent=2) + "\n")
-    storage.write_text(f"{url}/environment.json", json.dumps(_environment(world), indent=2) + "\n")
-    storage.write_text(saved, dump_config(config))
+def _write_json(url: str, tree: dict[str, Any]) -> None:
+    storage.write_text(url, json.dumps(tree, indent=2) + "\n")
 
 
 def read_config(url: str) -> Config:
@@ -62,7 +72,7 @@ def read_config(url: str) -> Config:
     Raises:
         UserError: there is no run there.
     """
-    path = f"{url}/config.yaml"
+    path = f"{url}/{_CONFIG}"
     if not storage.exists(path):
         raise UserError(f"{storage.display(url)}: no run here (no config.yaml)")
     try:
@@ -79,7 +89,7 @@ def check_dataset(url: str, manifest: Manifest) -> None:
     Raises:
         UserError: the run was trained on another dataset.
     """
-    path = f"{url}/dataset.json"
+    path = f"{url}/{_DATASET}"
     try:
         saved = json.loads(storage.read_text(path))
         name, digest = saved["name"], saved["digest"]

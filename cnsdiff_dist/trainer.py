@@ -44,13 +44,19 @@ class Trainer:
     """Trains one run. Every method is collective.
 
     Raises:
-        UserError: from the constructor, when the world size does not divide the streams.
+        UserError: from the constructor, when the world size does not divide the streams or
+            the dataset lacks the validation split that selects.
     """
 
     def __init__(
         self, config: Config, manifest: Manifest, graph: GraphArrays, world: World
     ) -> None:
         self.config, self.world = config, world
+        if config.train.select_split not in manifest.splits:
+            raise UserError(
+                f"train.select_split={config.train.select_split}: dataset {manifest.name} has only "
+                f"{', '.join(manifest.splits)}; choose another, or prepare it with one"
+            )
         self._manifest, self._degree = manifest, np.diff(graph.item_indptr)
         data = config.data
         self._plan = EpochPlan(

@@ -31,10 +31,10 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-    from cnsdiff_dist.cli import _quiet
+    from cnsdiff_dist.cli import quiet
     from cnsdiff_dist.world import leave_world
 
-    _quiet()
+    quiet()
     try:
         return function(*args)
     finally:

@@ -297,9 +297,22 @@ def test_an_existing_dataset_is_replaced_only_on_demand(log: Path, tmp_path: Pat
     assert folders == {"manifest.json", "train", "ids", "graph", "notes.txt"}
 
 
-def test_a_directory_with_other_things_is_refused(log: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [[], ["--overwrite"]])
+def test_a_directory_with_other_things_is_refused(
+    log: Path, tmp_path: Path, words: list[str]
+) -> None:
     with pytest.raises(UserError, match="not empty"):
-        prepare(tmp_path, "--log", log, "--shift", "random")
+        prepare(tmp_path, "--log", log, "--shift", "random", *words)
+    assert log.exists()
+
+
+def test_overwriting_never_deletes_what_is_not_of_the_dataset(log: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(out, "--log", log, "--shift", "random")
+    (out / "train/raw.csv").write_text("mine")
+    with pytest.raises(UserError, match=r"train/raw.csv: not of the dataset"):
+        prepare(out, "--log", log, "--shift", "random", "--overwrite")
+    assert (out / "train/raw.csv").read_text() == "mine"
 
 
 def test_a_spilling_log_larger_than_the_memory_limit(tmp_path: Path) -> None:
@@ -392,3 +405,11 @@ def test_an_absent_split_names_those_that_are_there(log: Path, tmp_path: Path) -
     manifest = prepare(tmp_path / "out", "--train", log, *NOTHING_CUT)
     with pytest.raises(UserError, match="split test_ood is not in this dataset; it has train"):
         read_split(str(tmp_path / "out"), manifest, "test_ood")
+
+
+def test_debris_of_a_killed_run_does_not_block_the_next(log: Path, tmp_path: Path) -> None:
+    debris = tmp_path / "out/.staging-killed"
+    debris.mkdir(parents=True)
+    (debris / "half").write_bytes(b"written")
+    prepare(tmp_path / "out", "--log", log, "--shift", "random")
+    assert not debris.exists()

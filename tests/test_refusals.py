@@ -47,7 +47,7 @@ def refusal(capsys: Capsys, *words: object) -> str:
         ("train.select_split=valid_ood", None),
         ("run.dir=/proc/nowhere/run", "/proc/nowhere/run"),
         ("data.url=nope://bucket/x", "unknown protocol 'nope'"),
-        ("run.dir={dataset}", "a dataset is here"),
+        ("run.dir={dataset}", "not empty (graph/item_indptr.bin) and not a run"),
     ],
 )
 def test_wrong_config(
@@ -179,7 +179,16 @@ def test_training_is_quiet_and_says_what_it_does(config: str, tmp_path: Path) ->
 
 @pytest.mark.distributed
 def test_a_world_size_that_does_not_fit(config: str, tmp_path: Path) -> None:
-    launch = ["torchrun", "--standalone", "--nproc-per-node", "3", "-m", "cnsdiff_dist"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "3",
+        "-m",
+        "cnsdiff_dist",
+    ]
     done = subprocess.run(
         [*launch, "train", config],
         capture_output=True, text=True, check=False, timeout=200,

@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.k and min(args.k) < 1:
         raise UserError(f"--k {min(args.k)}: lists have at least 1 item")
+    if args.split == "train":
+        raise UserError("--split train: train items are masked; choose a test or validation split")
     model = open_trained(args.run_url, args.data)
     evaluation = model.config.evaluation
     if args.k:

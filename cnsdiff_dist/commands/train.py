@@ -58,11 +58,12 @@ def train(config: Config) -> None:
     from cnsdiff_dist.data.dataset import load_manifest
     from cnsdiff_dist.data.graph import open_graph
     from cnsdiff_dist.reporting import Reporter
-    from cnsdiff_dist.rundir import open_run
+    from cnsdiff_dist.rundir import check_run, open_run
     from cnsdiff_dist.trainer import Trainer
     from cnsdiff_dist.world import join_world
 
     manifest = load_manifest(config.data.url)
+    check_run(config, manifest)
     world = join_world(config.run.timeout_seconds)
     graph = open_graph(config.data.url, manifest)
     trainer = Trainer(config, manifest, graph, world)

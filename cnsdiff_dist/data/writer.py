@@ -77,7 +77,7 @@ def check_output(out: str, overwrite: bool) -> None:
         if not overwrite:
             raise UserError(f"{storage.display(out)}: a dataset is here; --overwrite replaces it")
         _refuse_strangers(out)
-    elif storage.list_files(out):
+    elif any(not name.startswith(_STAGING) for name in storage.list_files(out)):
         raise UserError(
             f"{storage.display(out)}: not empty, and not a dataset; choose another directory"
         )
@@ -119,6 +119,8 @@ def staging(out: str) -> Iterator[Path]:
     with storage.explained(out if target else tempfile.gettempdir(), "write"):
         if target:
             target.mkdir(parents=True, exist_ok=True)
+            for debris in target.glob(f"{_STAGING}*"):  # of a killed run
+                shutil.rmtree(debris, ignore_errors=True)
         room = Path(tempfile.mkdtemp(prefix=_STAGING, dir=target))
     try:
         yield room

@@ -118,7 +118,8 @@ class ShardedTables:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: weights and optimizer state, all ShardedTensors.
 
-        Loading writes into these same tensors in place.
+        A rank lists the optimizer state of the tables it has rows of. Loading writes into
+        these same tensors in place.
         """
         optimizer = {
             key: value
