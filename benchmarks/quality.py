@@ -37,11 +37,19 @@ def main() -> None:
                 _run("evaluate", run, "--split", split, "--data", args.data)
                 text = Path(f"{run}/evaluations/{split}.json").read_text(encoding="utf-8")
                 found[kind, split].append(json.loads(text)["metrics"])
+            found[kind, "validation (best)"].append(_best_validation(Path(run)))
     print("\n| negatives | split | " + " | ".join(METRICS) + " |")
     print("|---|---|" + "---|" * len(METRICS))
     for (kind, split), results in sorted(found.items()):
         cells = [_mean([result[name] for result in results]) for name in METRICS]
         print(f"| {kind} | {split} | " + " | ".join(cells) + " |")
+
+
+def _best_validation(run: Path) -> dict[str, float]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    evaluations = [line for line in map(json.loads, lines) if line["kind"] != "train"]
+    best: dict[str, float] = max(evaluations, key=lambda line: line["recall@20"])
+    return best
 
 
 def _run(*words: str) -> None:
