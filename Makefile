@@ -20,7 +20,7 @@ RUNTIME := $(VENV)/.runtime-$(LOCK)
 PACKAGE := $(VENV)/.package
 DEV := $(VENV)/.dev
 
-.PHONY: help demo test lint test-fast test-slow test-gpu install install-dev lock clean
+.PHONY: help demo test lint test-fast test-slow install install-dev lock clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,10 +55,6 @@ test-fast: $(PACKAGE) $(DEV)  ## the default tests (not slow, not gpu)
 test-slow: $(PACKAGE) $(DEV)  ## the slow tests
 	@echo "== slow tests"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not gpu" --timeout 1800
-
-test-gpu: $(PACKAGE) $(DEV)  ## the tests that need a CUDA device
-	@echo "== gpu tests"
-	$(BIN)/python -m pytest -q -m gpu
 
 install: $(PACKAGE)  ## .venv with cnsdiff, pinned
 

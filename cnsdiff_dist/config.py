@@ -111,7 +111,7 @@ class Train(Section):
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
 
 
-class Checkpoints(Section):
+class Checkpoint(Section):
     every_steps: int = Field(0, ge=0, description="0: only when the model is evaluated")
     keep: int = Field(2, ge=1, description="newest checkpoints kept, besides the best")
 
@@ -132,7 +132,7 @@ class Config(Section):
     generator: Generator = Generator()
     loss: Loss = Loss()
     train: Train = Train()
-    checkpoint: Checkpoints = Checkpoints()
+    checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")

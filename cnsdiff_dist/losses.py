@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cnsdiff_dist.models.diffusion import Denoiser, Schedule, predicted_noise, q_sample
+from cnsdiff_dist.models.diffusion import Denoise, Schedule, q_sample
 
 
 def bpr(user_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def snr_weights(schedule: Schedule, clip: float) -> Tensor:
 
 
 def diffusion(
-    denoise: Denoiser,
+    denoise: Denoise,
     z0_BD: Tensor,
     t_B: Tensor,
     noise_BD: Tensor,
@@ -70,34 +70,28 @@ def diffusion(
         loss [B], and the unweighted squared error per dimension [B], detached: on
         standardised latents 1.0 is what predicting the mean would score.
     """
-    zt_BD = q_sample(z0_BD, t_B, noise_BD, schedule)
-    prediction_BD = denoise(zt_BD, t_B)
+    prediction_BD = denoise(q_sample(z0_BD, t_B, noise_BD, schedule), t_B)
     error_B = (prediction_BD - z0_BD).square().mean(1)
     loss_B = snr_weights(schedule, clip)[t_B] * error_B
     if causal:
-        loss_B = loss_B + causal * causal_kl(prediction_BD, z0_BD, t_B, noise_BD, schedule)
+        loss_B = loss_B + causal * causal_kl(error_B, t_B, schedule)
     return loss_B, error_B.detach()
 
 
-def causal_kl(
-    prediction_BD: Tensor, z0_BD: Tensor, t_B: Tensor, noise_BD: Tensor, schedule: Schedule
-) -> Tensor:
+def causal_kl(error_B: Tensor, t_B: Tensor, schedule: Schedule) -> Tensor:
     """KL(N(m, s_t^2) || N(z_(t-1), s_(t-1)^2)) per dimension, [B]; 0 at t = 0.
 
-    m is the latent at t - 1 that the prediction f of z_0 implies (the DDIM step from z_t);
-    z_(t-1) is the forward sample with the same noise, so the term is least at f = z_0.
-    The published code puts f itself in the place of m, which teaches the denoiser to
-    predict z_(t-1), noise included. s_t^2 is the posterior variance of ``q_posterior``, at
-    t = 0 replaced by that of t = 1.
+    z_(t-1) is the forward sample with the noise of z_t, and m the latent at t - 1 that the
+    prediction f of z_0 implies (the DDIM step from z_t). Both are linear in z_0 and f, so
+    m - z_(t-1) = k_t (f - z_0), and ``error_B``, the squared error of f per dimension, is all
+    it takes. The published code puts f itself in the place of m, which teaches the denoiser
+    to predict z_(t-1), noise included. s_t^2 is the variance of ``q_posterior``, at t = 0
+    replaced by that of t = 1.
     """
-    previous_B = (t_B - 1).clamp(min=0)
-    zt_BD = q_sample(z0_BD, t_B, noise_BD, schedule)
-    implied_BD = predicted_noise(prediction_BD, zt_BD, t_B, schedule)
-    mean_BD = q_sample(prediction_BD, previous_B, implied_BD, schedule)
-    target_BD = q_sample(z0_BD, previous_B, noise_BD, schedule)
-    variance = schedule.beta * (1 - schedule.previous) / (1 - schedule.alpha_bar)
+    alpha_bar, previous = schedule.alpha_bar, schedule.previous
+    gain = previous.sqrt() - ((1 - previous) * alpha_bar / (1 - alpha_bar)).sqrt()
+    variance = schedule.beta * (1 - previous) / (1 - alpha_bar)
     variance = torch.cat([variance[1:2], variance[1:]])
-    here, before = variance[t_B], variance[previous_B]
-    distance_B = (mean_BD - target_BD).square().mean(1)
-    kl_B = 0.5 * (torch.log(before / here) + (here + distance_B) / before - 1)
+    here, before = variance[t_B], variance[(t_B - 1).clamp(min=0)]
+    kl_B = 0.5 * (torch.log(before / here) + (here + gain[t_B] ** 2 * error_B) / before - 1)
     return torch.where(t_B > 0, kl_B, torch.zeros_like(kl_B))

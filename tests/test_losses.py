@@ -131,10 +131,6 @@ def test_predicting_the_mean_of_standard_latents_scores_one() -> None:
 
 def test_the_causal_term_is_least_at_the_true_latent() -> None:
     schedule, t = make_schedule("cosine", 20), torch.arange(20)
-    z0, noise = torch.randn(2, 20, D)
-    least = losses.causal_kl(z0, z0, t, noise, schedule)
-    for direction in (torch.randn(20, D), noise, -noise):
-        for size in (0.1, 1.0):
-            moved = losses.causal_kl(z0 + size * direction, z0, t, noise, schedule)
-            assert (moved[1:] > least[1:]).all()
-    assert least[0] == 0
+    kl = [losses.causal_kl(torch.full((20,), error), t, schedule) for error in (0.0, 0.1, 1.0)]
+    assert (kl[0][1:] < kl[1][1:]).all() and (kl[1][1:] < kl[2][1:]).all()
+    assert all(values[0] == 0 for values in kl)

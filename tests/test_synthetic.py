@@ -9,11 +9,11 @@ import pytest
 from cnsdiff_dist.data.dataset import read_ids, read_split
 from cnsdiff_dist.data.graph import open_graph
 from cnsdiff_dist.data.schema import Manifest
-from cnsdiff_dist.data.synthetic import World, draw_interactions, draw_truth
+from cnsdiff_dist.data.synthetic import Synthetic, draw_interactions, draw_truth
 from cnsdiff_dist.errors import UserError
 from tests.preparing import all_files, prepare
 
-SMALL = World(users=600, items=300, seed=3, biased_per_user=20.0)
+SMALL = Synthetic(users=600, items=300, seed=3, biased_per_user=20.0)
 EVERYONE = slice(0, SMALL.users)
 
 
@@ -44,7 +44,7 @@ def test_the_biased_log_follows_the_exposure_and_the_uniform_one_the_taste() -> 
 
 
 def test_popularity_is_a_confounder() -> None:
-    truth = draw_truth(World())
+    truth = draw_truth(Synthetic())
     log_popularity = np.log(truth.popularity)
     assert np.corrcoef(truth.environment, log_popularity)[0, 1] > 0.7  # drives exposure
     assert 0.3 < np.corrcoef(truth.quality, log_popularity)[0, 1] < 0.8  # and goes with taste
@@ -65,7 +65,7 @@ def test_too_small_a_world_says_so(tmp_path: Path) -> None:
 
 
 def test_the_truth_is_written_beside(made: tuple[Path, Manifest]) -> None:
-    truth = draw_truth(World())
+    truth = draw_truth(Synthetic())
     users = pq.read_table(made[0] / "truth/users.parquet")
     items = pq.read_table(made[0] / "truth/items.parquet")
     assert np.allclose(np.stack(users["factors"].to_pylist()), truth.user_factors)
@@ -88,7 +88,7 @@ def recall(out: Path, manifest: Manifest, split: str, scores: np.ndarray) -> flo
 
 def test_popularity_wins_in_distribution_and_taste_out_of_it(made: tuple[Path, Manifest]) -> None:
     out, manifest = made
-    truth, graph = draw_truth(World()), open_graph(str(out), manifest)
+    truth, graph = draw_truth(Synthetic()), open_graph(str(out), manifest)
     users = read_ids(str(out), manifest, "users")["id"].to_numpy()
     items = read_ids(str(out), manifest, "items")["id"].to_numpy()
     degree = np.diff(graph.item_indptr).astype(float)

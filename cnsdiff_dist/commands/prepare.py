@@ -9,7 +9,7 @@ from cnsdiff_dist.data.prepare import Recipe, prepare
 from cnsdiff_dist.data.readers import FORMATS, ROLES, LogFormat
 from cnsdiff_dist.data.schema import SPLITS, Manifest
 from cnsdiff_dist.data.shifts import SHIFTS
-from cnsdiff_dist.data.synthetic import World
+from cnsdiff_dist.data.synthetic import Synthetic
 from cnsdiff_dist.errors import UserError
 
 _EXAMPLES = """\
@@ -69,14 +69,14 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--users",
         type=_count,
-        default=World.users,
+        default=Synthetic.users,
         metavar="N",
         help="of --synthetic (default %(default)s)",
     )
     group.add_argument(
         "--items",
         type=_count,
-        default=World.items,
+        default=Synthetic.items,
         metavar="N",
         help="of --synthetic (default %(default)s)",
     )
@@ -198,7 +198,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
         sources=sources,
         given=args.train is not None,
         shift=shift,
-        synthetic=World(args.users, args.items, args.seed) if args.synthetic else None,
+        synthetic=Synthetic(args.users, args.items, args.seed) if args.synthetic else None,
         how=LogFormat(
             args.format,
             tuple(args.columns.split(",")) if args.columns else (),

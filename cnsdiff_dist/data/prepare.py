@@ -19,7 +19,7 @@ from cnsdiff_dist.data.dataset import MANIFEST
 from cnsdiff_dist.data.ingest import Say, create_raw, ingest
 from cnsdiff_dist.data.readers import Log, LogFormat
 from cnsdiff_dist.data.schema import SPLITS, Manifest
-from cnsdiff_dist.data.synthetic import World, write_logs, write_truth
+from cnsdiff_dist.data.synthetic import Synthetic, write_logs, write_truth
 from cnsdiff_dist.errors import UserError
 
 TRAIN = 0
@@ -39,7 +39,7 @@ class Recipe:
     sources: dict[str, list[str]]
     given: bool = False
     shift: str | None = None
-    synthetic: World | None = None
+    synthetic: Synthetic | None = None
     how: LogFormat = field(default_factory=LogFormat)
     min_rating: float | None = None
     test_fraction: float = 0.2

@@ -27,7 +27,7 @@ _CHUNK_PAIRS = 1 << 22
 
 
 @dataclass(frozen=True)
-class World:
+class Synthetic:
     """Sizes and seed.
 
     ``biased_per_user`` and ``uniform_per_user`` are mean interactions; a user has at most a
@@ -67,7 +67,7 @@ class Truth:
         return np.minimum(1.0, self.activity[users, None] * self.popularity)
 
 
-def draw_truth(world: World) -> Truth:
+def draw_truth(world: Synthetic) -> Truth:
     """The causal model of a world; a pure function of it."""
     rng = _generator(world, 0)
     environment = rng.integers(0, world.environments, world.items)
@@ -94,7 +94,7 @@ def draw_truth(world: World) -> Truth:
     return truth
 
 
-def draw_interactions(world: World, truth: Truth) -> tuple[Pairs, Pairs]:
+def draw_interactions(world: Synthetic, truth: Truth) -> tuple[Pairs, Pairs]:
     """The biased and the uniform log, as (users, items) int64, with no pair in common."""
     rng = _generator(world, 1)
     liked = sum(float(truth.preference(part).sum()) for part in _parts(world))
@@ -112,7 +112,7 @@ def draw_interactions(world: World, truth: Truth) -> tuple[Pairs, Pairs]:
     return _joined(biased), _joined(uniform)
 
 
-def write_logs(world: World, folder: Path) -> dict[str, list[str]]:
+def write_logs(world: Synthetic, folder: Path) -> dict[str, list[str]]:
     """Write the two raw logs as Parquet; return them as prepare's sources.
 
     Raises:
@@ -133,7 +133,7 @@ def write_logs(world: World, folder: Path) -> dict[str, list[str]]:
     return sources
 
 
-def write_truth(world: World, folder: Path) -> None:
+def write_truth(world: Synthetic, folder: Path) -> None:
     """Write the causal model: ``users.parquet`` and ``items.parquet``, by raw id, and
     ``model.parquet`` with its one constant, ``offset``."""
     truth = draw_truth(world)
@@ -157,11 +157,11 @@ def write_truth(world: World, folder: Path) -> None:
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
 
 
-def _generator(world: World, stage: int) -> np.random.Generator:
+def _generator(world: Synthetic, stage: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([world.seed, stage])))
 
 
-def _parts(world: World) -> list[slice]:
+def _parts(world: Synthetic) -> list[slice]:
     step = max(1, _CHUNK_PAIRS // max(world.items, 1))
     return [slice(a, min(a + step, world.users)) for a in range(0, world.users, step)]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+Denoise = Callable[[Tensor, Tensor], Tensor]
 """(z_t [B, D], t int64 [B]) -> predicted z_0 [B, D]."""
 
 
@@ -83,7 +83,7 @@ def q_posterior(
 
 
 def p_sample(
-    denoise: Denoiser, zt_BD: Tensor, t_B: Tensor, schedule: Schedule, noise_BD: Tensor
+    denoise: Denoise, zt_BD: Tensor, t_B: Tensor, schedule: Schedule, noise_BD: Tensor
 ) -> Tensor:
     """One ancestral reverse step z_t -> z_(t-1); zero noise gives the posterior mean."""
     mean_BD, variance = q_posterior(denoise(zt_BD, t_B), zt_BD, t_B, schedule)
@@ -91,7 +91,7 @@ def p_sample(
 
 
 def reverse_levels(
-    denoise: Denoiser, zt_BD: Tensor, levels: tuple[int, ...], schedule: Schedule
+    denoise: Denoise, zt_BD: Tensor, levels: tuple[int, ...], schedule: Schedule
 ) -> Tensor:
     """One deterministic reverse chain that yields a candidate at every noise level.
 

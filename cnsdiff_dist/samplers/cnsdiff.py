@@ -15,7 +15,7 @@ from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.stream import Batch
 from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.models.denoiser import Denoiser
-from cnsdiff_dist.models.diffusion import make_schedule, q_sample, reverse_levels
+from cnsdiff_dist.models.diffusion import Denoise, make_schedule, q_sample, reverse_levels
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
 from cnsdiff_dist.samplers.uniform import UniformSampler
 from cnsdiff_dist.world import World
@@ -78,12 +78,12 @@ class CNSDiffSampler:
             observed={"denoising_error": error_B, "hard_above_positive": (margin_B < 0).float()},
         )
 
-    def _generate(self, denoise: object, z0_BD: Tensor, noise_BD: Tensor) -> Tensor:
+    def _generate(self, denoise: Denoise, z0_BD: Tensor, noise_BD: Tensor) -> Tensor:
         """Candidates at every noise level from one reverse chain, [levels, B, D]."""
         levels = self._config.levels
         t_B = torch.full((len(z0_BD),), levels[-1] - 1, device=z0_BD.device)
         zt_BD = q_sample(z0_BD, t_B, noise_BD, self._schedule)
-        return reverse_levels(denoise, zt_BD, levels, self._schedule)  # type: ignore[arg-type]
+        return reverse_levels(denoise, zt_BD, levels, self._schedule)
 
     def _mix_at(self, progress: float) -> tuple[float, float]:
         (a0, b0), (a1, b1) = self._mix
