@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 METRICS = ("recall", "ndcg", "hit", "precision")
-_GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -43,29 +42,30 @@ class Interactions:
         return row, np.asarray(self.items[starts[row] + offset], np.int64)
 
 
-def top_k(score_BI: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_k(score_BI: Tensor, k: int, group: int = 64) -> tuple[Tensor, Tensor]:
     """The k best columns of each row, best first: (scores, columns) [B, min(k, I)].
 
-    Two exact stages: the k best groups of columns by their maximum hold the k best
-    columns, so the costly selection sees k groups instead of a whole row.
+    Exact: the k best groups of columns by their maximum hold the k best columns, so the
+    costly selection sees k groups instead of a whole row, and then eighths of those.
     """
     rows, columns = score_BI.shape
     k = min(k, columns)
-    groups = -(-columns // _GROUP)
-    if groups <= 2 * k:
+    groups = -(-columns // group)
+    if group < 8 or groups <= 2 * k:
         best = torch.topk(score_BI, k, dim=1)
         return best.values, best.indices
-    body = columns // _GROUP * _GROUP
-    maximum = score_BI[:, :body].view(rows, -1, _GROUP).amax(2)
+    body = columns // group * group
+    maximum = score_BI[:, :body].view(rows, -1, group).amax(2)
     if body < columns:
         maximum = torch.cat([maximum, score_BI[:, body:].amax(1, keepdim=True)], 1)
     chosen = torch.topk(maximum, k, dim=1, sorted=False).indices
-    inside = torch.arange(_GROUP, device=score_BI.device)
-    column = (chosen[:, :, None] * _GROUP + inside).view(rows, -1)
+    inside = torch.arange(group, device=score_BI.device)
+    column = (chosen[:, :, None] * group + inside).view(rows, -1)
     candidate = score_BI.gather(1, column.clamp(max=columns - 1))
-    candidate.masked_fill_(column >= columns, -torch.inf)
-    best = torch.topk(candidate, k, dim=1)
-    return best.values, column.gather(1, best.indices)
+    if body < columns:
+        candidate.masked_fill_(column >= columns, -torch.inf)
+    values, place = top_k(candidate, k, group // 8)
+    return values, column.gather(1, place)
 
 
 class RankingSums:
