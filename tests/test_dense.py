@@ -101,3 +101,17 @@ def test_without_a_module_backward_still_reaches_the_tables() -> None:
     engine.backward(leaf.sum())
     engine.step()
     assert leaf.grad is not None and engine.network is None and engine.state() == {}
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_gradients_are_clipped_to_their_bound(clip: float) -> None:
+    torch.manual_seed(0)
+    config = Generator(zero_stage=1, lr=0.01, gradient_clip=clip)
+    engine = DenseEngine(Denoiser(DIM, 20, 16, 3, user=True), config, ROWS)
+    z, t = torch.randn(ROWS, DIM), torch.arange(ROWS)
+    network: Any = engine.network
+    engine.backward(1e4 * network(z, t, z, t % 3).square().mean())
+    engine.step()
+    moments = [entry["exp_avg"].flatten() for entry in engine.state().values()]
+    norm = torch.cat(moments).norm().item()  # Adam's first moment is a tenth of the gradient
+    assert norm == pytest.approx(0.1, rel=1e-3) if clip else norm > 1

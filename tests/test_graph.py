@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -115,3 +116,16 @@ def test_a_bad_manifest_is_named(made: tuple[str, Manifest]) -> None:
     path.write_text(path.read_text().replace('"users"', '"usres"', 1))
     with pytest.raises(UserError, match=r"manifest.json: not a dataset manifest: users"):
         load_manifest(made[0])
+
+
+@pytest.mark.parametrize("folder", ["test_iid", "ids/items"])
+def test_a_flipped_bit_in_a_page_is_refused(made: tuple[str, Manifest], folder: str) -> None:
+    url, manifest = made
+    path = Path(url) / folder / "part-00000.parquet"
+    content = bytearray(path.read_bytes())
+    pages = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    content[pages.data_page_offset + pages.total_compressed_size - 1] ^= 1
+    path.write_bytes(content)
+    read = {"test_iid": lambda: read_split(url, manifest, "test_iid")}
+    with pytest.raises(UserError, match="damaged"):
+        read.get(folder, lambda: read_ids(url, manifest, "items"))()

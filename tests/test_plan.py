@@ -59,3 +59,12 @@ def test_every_stream_is_served_by_one_rank(world_size: int) -> None:
 def test_a_world_that_does_not_divide_the_streams_is_refused() -> None:
     with pytest.raises(UserError, match=r"3 ranks.*data\.streams=8.*\[1, 2, 4, 8\]"):
         local_streams(8, 0, 3)
+
+
+def test_the_order_of_blocks_and_the_order_inside_each_are_their_own() -> None:
+    plan, other = EpochPlan(1000, 100, 1, 100, seed=0), EpochPlan(1000, 100, 1, 100, seed=1)
+    blocks = plan.blocks(0, 0)
+    assert blocks != other.blocks(0, 0) and sorted(blocks) == sorted(other.blocks(0, 0))
+    assert blocks != plan.blocks(1, 0)
+    first, second = (plan.block_order(0, 0, block) - block[0] for block in blocks[:2])
+    assert not np.array_equal(first, second)

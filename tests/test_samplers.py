@@ -6,6 +6,7 @@ from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.stream import Batch
 from cnsdiff_dist.draws import Draws
+from cnsdiff_dist.models.diffusion import make_schedule, q_sample
 from cnsdiff_dist.samplers.cnsdiff import CNSDiffSampler, Standard, hardest
 from cnsdiff_dist.samplers.protocol import Latents
 from cnsdiff_dist.samplers.uniform import UniformSampler, non_interacted
@@ -213,3 +214,69 @@ def test_every_condition_works(
 ) -> None:
     sampler = CNSDiffSampler(_config(generator={"condition": condition}), tiny_graph, 3, world)
     assert torch.isfinite(sampler.negatives(_latents(), _draws(), 0.5).vector_BD).all()
+
+
+def _with_known_network(
+    tiny_graph: GraphArrays, world: World, **sections: dict[str, object]
+) -> tuple[CNSDiffSampler, list[torch.Tensor]]:
+    """A sampler whose denoiser predicts 0, the batch mean, and records what it is given."""
+    sampler, seen = CNSDiffSampler(_config(**sections), tiny_graph, 3, world), []
+
+    class Zero(torch.nn.Module):
+        def forward(self, zt: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+            seen.append(zt.clone())
+            return zt * 0
+
+    sampler.network = Zero()
+    return sampler, seen
+
+
+def test_hard_negatives_are_on_the_scale_of_the_latents(
+    tiny_graph: GraphArrays, world: World
+) -> None:
+    mix = {"mix_start": (1e6, 1.0), "mix_end": (1e6, 1.0)}
+    sampler, _ = _with_known_network(tiny_graph, world, negatives=mix)
+    latents = _latents()
+    got = sampler.negatives(latents, _draws(), 0.5).vector_BD
+    mean = latents.positive_BD.mean(0).expand_as(got)
+    assert torch.allclose(got, mean, atol=1e-3) and mean.abs().min() > 0.1
+
+
+def test_the_chain_starts_from_the_noisiest_level(tiny_graph: GraphArrays, world: World) -> None:
+    sampler, seen = _with_known_network(tiny_graph, world)
+    latents, draws = _latents(), _draws()
+    sampler.negatives(latents, _draws(), 0.5)
+    draws.normal(8)  # of the training step
+    z0 = Standard(latents, world).item(latents.positive_BD)
+    t = torch.full((256,), 18 - 1)
+    expected = q_sample(z0, t, draws.normal(8), make_schedule("cosine", 20))
+    assert torch.allclose(seen[1], expected, atol=1e-5)  # seen[0] is the training step's
+
+
+def test_the_noise_of_the_positive_is_in_units_of_the_latents(
+    tiny_graph: GraphArrays, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler, latents = CNSDiffSampler(_config(), tiny_graph, 3, world), _latents()
+    seen: list[torch.Tensor] = []
+
+    def info_nce(anchor: torch.Tensor, positive: torch.Tensor, *_: object) -> torch.Tensor:
+        seen.append(positive - anchor)
+        return anchor.sum(1)
+
+    monkeypatch.setattr("cnsdiff_dist.losses.info_nce", info_nce)
+    sampler.negatives(latents, _draws(), 0.5)
+    spread = latents.positive_BD.std(0)
+    assert torch.allclose(seen[0].std(0), 0.1 * spread, rtol=0.3)
+
+
+def test_both_parameters_of_lambda_move(tiny_graph: GraphArrays, world: World) -> None:
+    mix = {"mix_start": (1.0, 9.0), "mix_end": (9.0, 1.0)}
+    sampler = CNSDiffSampler(_config(negatives=mix), tiny_graph, 3, world)
+    assert [sampler._mix_at(p) for p in (0.0, 0.5, 1.0)] == [(1, 9), (5, 5), (9, 1)]
+
+
+def test_the_time_step_reaches_the_denoiser(tiny_graph: GraphArrays, world: World) -> None:
+    network = CNSDiffSampler(_config(), tiny_graph, 3, world).network
+    z, environment = torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64)
+    out = network(z, torch.tensor([0, 19]), torch.zeros(2, 8), environment)
+    assert not torch.allclose(out[0], out[1])

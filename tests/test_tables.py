@@ -142,3 +142,25 @@ def test_learning_rate_scale_reaches_the_fused_update(world: World) -> None:
     tables.scale_lr(0.25)
     tables.lookup(torch.arange(USERS), torch.arange(ITEMS)).sum().backward()
     assert torch.allclose(gather(tables.weights()["user"], world), before - 0.25)
+
+
+def _first_tables(sharding: Any) -> tuple[dict[str, torch.Tensor], list[int]]:
+    world = join_world(60)
+    config = Tables(sharding=sharding, optimizer="adagrad")
+    tables = ShardedTables(USERS, ITEMS, 16, config, seed=3, world=world)
+    columns = [
+        shard.metadata.shard_offsets[1]
+        for sharded in tables.weights().values()
+        for shard in sharded.local_shards()
+    ]
+    return {name: gather(tensor, world) for name, tensor in tables.weights().items()}, columns
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sharding", ["row_wise", "column_wise"])
+def test_two_ranks_start_from_the_same_tables(sharding: str) -> None:
+    ranks = run_ranks(2, _first_tables, sharding)
+    assert any(columns != [0, 0] for _, columns in ranks) == (sharding == "column_wise")
+    for tables, _ in ranks:
+        for name, rows in (("user", USERS), ("item", ITEMS)):
+            assert torch.equal(tables[name], initial_rows(name, 0, rows, 16, 0.01, 3))

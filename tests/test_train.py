@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def _train_steps(config: Any, stop_after: int | None) -> Any:
         trainer.fit(None)
     except KeyboardInterrupt:
         return None
-    return _everything(trainer, world)
+    return *_everything(trainer, world), asdict(trainer.progress)
 
 
 def _assert_same(a: Any, b: Any, exact: bool) -> None:
@@ -140,6 +141,7 @@ def _assert_same(a: Any, b: Any, exact: bool) -> None:
     for name in a[0]:
         check(a[0][name], b[0][name], name)
     assert a[1].keys() == b[1].keys()
+    assert a[2] == (b[2] if exact else pytest.approx(b[2], rel=0.05))
     for name in a[1]:
         for key in a[1][name]:
             check(a[1][name][key], b[1][name][key], f"{name}.{key}")
@@ -398,7 +400,8 @@ def test_a_step_minimises_the_written_out_objective(
     config = small_config(dataset, tmp_path, loss={"l2": 0.7, "contrastive": 0.2, "diffusion": 3.0})
     trainer = _trainer(config, world)
     whole = {name: gather(t, world) for name, t in trainer.recommender.tables.weights().items()}
-    batch = next(iter(trainer._stream.batches(0)))
+    *_, batch = trainer._stream.batches(0)  # the last one: it has pads
+    assert batch.valid_rows < len(batch.users)
     seen: dict[str, Any] = {}
     make = trainer._sampler.negatives
 
@@ -407,21 +410,21 @@ def test_a_step_minimises_the_written_out_objective(
         return seen["made"]
 
     trainer._sampler.negatives = negatives  # type: ignore[method-assign]
-    draws = Draws((config.run.seed, 0, 0), batch.streams, batch.width, world.device)
+    draws = Draws((config.run.seed, 0, batch.step), batch.streams, batch.width, world.device)
     candidates = trainer._sampler.candidates(batch, draws)[:, 0]
     got = {name: float(value) for name, value in trainer.step(batch).items()}
     latents, made = seen["latents"], seen["made"]
     rows = [whole["user"][batch.users], whole["item"][batch.items], whole["item"][candidates]]
-    l2 = 0.7 * sum(float(row.double().square().sum()) for row in rows) / 2 / len(batch.users)
+    weight = torch.from_numpy(batch.weight) / batch.valid_rows
+    l2 = 0.7 * sum(float(weight @ row.square().sum(1)) for row in rows) / 2
     margin = (latents.user_BD * (latents.positive_BD - made.vector_BD)).sum(1).detach()
-    bpr = -torch.nn.functional.logsigmoid(margin).mean()
+    bpr = -torch.nn.functional.logsigmoid(margin) @ weight
     assert got["l2"] == pytest.approx(l2, rel=1e-4)
     assert got["bpr"] == pytest.approx(float(bpr), rel=1e-4)
     terms = got["bpr"] + got["l2"] + got["diffusion"] + got["contrastive"]
     assert got["loss"] == pytest.approx(terms, rel=1e-4)
-    assert got["diffusion"] == pytest.approx(
-        float(made.terms["diffusion"].detach().mean()), rel=1e-4
-    )
+    diffusion = float(made.terms["diffusion"].detach() @ weight)
+    assert got["diffusion"] == pytest.approx(diffusion, rel=1e-4)
 
 
 def test_the_environment_is_the_positives_popularity_bucket(
@@ -429,22 +432,25 @@ def test_the_environment_is_the_positives_popularity_bucket(
 ) -> None:
     trainer = _trainer(small_config(dataset, tmp_path), world)
     batch = next(iter(trainer._stream.batches(0)))
-    latents, _ = trainer._encode(batch, batch.items[:, None])
+    latents, _ = trainer._encode(batch, np.roll(batch.items, 1)[:, None])
     table = pq.read_table(f"{dataset}/ids/items").sort_by("row")
     expected = table["environment"].to_numpy()[batch.items]
     assert latents.environment.tolist() == expected.tolist()
     assert len(set(expected.tolist())) > 1
 
 
-def test_validation_items_are_not_recommended_in_a_test(dataset: str, world: World) -> None:
+@pytest.mark.parametrize("test", ["test_iid", "test_ood"])
+def test_validation_items_are_not_recommended_in_a_test(
+    dataset: str, world: World, test: str
+) -> None:
     """A model that scores the validation items highest must find the test items all the same."""
     manifest = load_manifest(dataset)
     graph = open_graph(dataset, manifest)
     score = torch.zeros(manifest.users, manifest.items)
-    for split, value in (("valid_iid", 3.0), ("valid_ood", 2.0), ("test_iid", 1.0)):
+    for split, value in (("valid_iid", 3.0), ("valid_ood", 2.0), (test, 1.0)):
         users, items = read_split(dataset, manifest, split)
         score[torch.tensor(users), torch.tensor(items)] = value
-    evaluator = Evaluator(dataset, manifest, graph, "test_iid", Evaluation(k=(100,)), world)
+    evaluator = Evaluator(dataset, manifest, graph, test, Evaluation(k=(100,)), world)
     metrics = evaluator(score, torch.eye(manifest.items))["metrics"]
     assert metrics["recall@100"] == metrics["ndcg@100"] == pytest.approx(1.0)
 
@@ -505,3 +511,57 @@ def test_an_output_never_deletes_what_is_not_its_own(trained: Path, tmp_path: Pa
     for command in ("export", "recommend"):
         assert main([command, str(trained), str(target)]) == 2
     assert files_under(target) == ["train/part-00000.parquet"]
+
+
+def test_a_step_draws_by_epoch_and_step_and_knows_its_progress(
+    dataset: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(dataset, tmp_path / "run")
+    trainer = _trainer(config, world)
+    keys: list[tuple[int, int, int]] = []
+    progress: list[float] = []
+    make = trainer._sampler.negatives
+
+    def negatives(latents: Any, draws: Any, at: float) -> Any:
+        progress.append(at)
+        return make(latents, draws, at)
+
+    def draws(key: tuple[int, int, int], *rest: Any) -> Draws:
+        keys.append(key)
+        return Draws(key, *rest)
+
+    trainer._sampler.negatives = negatives  # type: ignore[method-assign]
+    monkeypatch.setattr("cnsdiff_dist.trainer.Draws", draws)
+    trainer.fit(None)
+    steps = trainer._plan.steps
+    assert keys == [(0, epoch, step) for epoch in range(2) for step in range(steps)]
+    assert progress == pytest.approx([step / (2 * steps) for step in range(2 * steps)])
+
+
+def test_resuming_restores_all_of_the_progress(dataset: str, tmp_path: Path, world: World) -> None:
+    config = small_config(
+        dataset, tmp_path / "run", tables={"optimizer": "sgd", "lr": 1e-12}, train={"epochs": 3}
+    )
+    trainer = _trainer(config, world)
+    trainer.fit(None)
+    again = _trainer(config, world)
+    again.resume()
+    assert again.progress == trainer.progress
+    assert again.progress.evaluations_since_best == 2 and again.progress.best > 0
+
+
+def _export(run: str, out: str) -> int:
+    join_world(60)
+    return main(["export", run, f"{out}/e"]) + main(["recommend", run, f"{out}/r", "--k", "3"])
+
+
+@pytest.mark.distributed
+def test_two_ranks_export_and_recommend_like_one(trained: Path, tmp_path: Path) -> None:
+    assert _export(str(trained), str(tmp_path / "one")) == 0
+    assert run_ranks(2, _export, str(trained), str(tmp_path / "two")) == [0, 0]
+    for side in ("users", "items"):
+        one, two = (pq.read_table(tmp_path / n / "e" / side).to_pydict() for n in ("one", "two"))
+        assert one["id"] == two["id"]
+        assert np.allclose(one["embedding"], two["embedding"], atol=1e-6)
+    one, two = (pq.read_table(tmp_path / n / "r").to_pydict() for n in ("one", "two"))
+    assert one["user"] == two["user"] and one["item"] == two["item"]
