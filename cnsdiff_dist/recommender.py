@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cnsdiff_dist import losses
 from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.schema import Manifest
@@ -43,7 +44,7 @@ class Recommender:
         block, position = self._block(users, items)
         ego_ND = self.tables.lookup(block.users, block.items)
         h_ND = propagate(block, ego_ND, self._layers)
-        return h_ND.index_select(0, position), _half_square(ego_ND).index_select(0, position)
+        return h_ND.index_select(0, position), losses.l2(ego_ND).index_select(0, position)
 
     def _block(self, users: Ids, items: Ids) -> tuple[Block, Tensor]:
         """The block a batch needs and the rows' places in it."""
@@ -63,7 +64,3 @@ class Recommender:
         h_ND = propagate(block, self.tables.lookup(block.users, block.items), self._layers)
         user_UD, item_ID = h_ND.split(list(self._shape))
         return user_UD, item_ID
-
-
-def _half_square(rows_ND: Tensor) -> Tensor:
-    return rows_ND.square().sum(1) / 2

@@ -1,4 +1,7 @@
-"""The processes that train together. The only module that reads the launcher's environment."""
+"""The processes that train together. The only module that acts on the launcher's environment.
+
+(The command line reads the rank too, to name it in an error, without waiting for torch.)
+"""
 
 import os
 from dataclasses import dataclass
@@ -41,11 +44,6 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
-
-
-def launched_rank() -> int:
-    """The rank the launcher gave this process, 0 when there is no launcher."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def join_world(timeout_seconds: int) -> World:

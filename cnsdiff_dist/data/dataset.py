@@ -1,5 +1,8 @@
 """Open a prepared dataset: its manifest, its evaluation splits, its id maps."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -63,20 +66,34 @@ def read_ids(url: str, manifest: Manifest, side: str) -> pa.Table:
 
 def _read_shard(url: str, shard: Shard, columns: list[str] | None) -> pa.Table:
     path = storage.join(url, shard.path)
-    with storage.open_read(path) as file, storage.explained(path, "read"):
-        try:
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            table = parquet.read(columns=columns)
-        except (pa.ArrowException, OSError) as error:
-            if getattr(error, "errno", None) is not None:
-                raise  # the disk or the network, not the file
-            raise _damaged(path, " ".join(str(error).split())) from None
+    with (
+        storage.open_read(path) as file,
+        storage.explained(path, "read"),
+        damage(storage.display(path)),
+    ):
+        table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
     if table.num_rows != shard.rows:
         raise _damaged(path, f"{table.num_rows} rows, where the manifest promises {shard.rows}")
     missing = set(columns or []) - set(table.column_names)
     if missing:
         raise _damaged(path, f"no column {missing.pop()}")
     return table
+
+
+@contextmanager
+def damage(where: str) -> Iterator[None]:
+    """What Arrow says of a file's content; errors of the disk or the network pass through.
+
+    Raises:
+        UserError: the content is damaged; ``where`` names the file, and the row group if known.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{where}: damaged ({reason}); run `cnsdiff prepare` again") from error
 
 
 def _damaged(path: str, why: str) -> UserError:

@@ -4,16 +4,15 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cnsdiff_dist import storage
+from cnsdiff_dist.data.dataset import damage
 from cnsdiff_dist.data.plan import EpochPlan
 from cnsdiff_dist.data.schema import INTERACTION_SCHEMA, Manifest, Shard
 from cnsdiff_dist.errors import UserError
@@ -153,7 +152,7 @@ class _ShardReader:
         where = f"{storage.display(self._url)} row group {group}"
         with self._lock:
             file = self._file = self._file or self._open()
-            with storage.explained(self._url, f"read row group {group} of"), _damage(where):
+            with storage.explained(self._url, f"read row group {group} of"), damage(where):
                 table = file.read_row_group(group, columns=INTERACTION_SCHEMA.names)
         if any(column.null_count for column in table.columns):
             raise UserError(f"{where}: holds nulls; run `cnsdiff prepare` again")
@@ -163,7 +162,7 @@ class _ShardReader:
 
     def _open(self) -> pq.ParquetFile:
         where = storage.display(self._url)
-        with storage.explained(self._url, "read"), _damage(f"{where}: not a whole Parquet file"):
+        with storage.explained(self._url, "read"), damage(f"{where}: not a whole Parquet file"):
             file = pq.ParquetFile(
                 storage.open_read(self._url), pre_buffer=True, page_checksum_verification=True
             )
@@ -191,15 +190,3 @@ def check_ids(pairs: Pairs, limits: tuple[int, int], where: str) -> None:
         if len(ids) and (ids.min() < 0 or ids.max() >= limit):
             bad = ids[(ids < 0) | (ids >= limit)][0]
             raise UserError(f"{where}: {name} {bad} is not in 0..{limit - 1}; prepare again")
-
-
-@contextmanager
-def _damage(where: str) -> Iterator[None]:
-    """What Arrow says of a file's content; errors of the disk or the network pass through."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        if getattr(error, "errno", None) is not None:
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{where}: damaged ({reason}); run `cnsdiff prepare` again") from error

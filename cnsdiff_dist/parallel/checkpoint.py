@@ -53,14 +53,12 @@ class Checkpoints:
     def _scan(self) -> list[dict[str, Any]]:
         if not self._world.is_main:
             return []
-        found = []
-        for path in storage.list_files(self._url):
-            name, _, file = path.partition("/")
-            match = _NAME.match(name)
-            if match and file == _COMMIT:
-                url = storage.join(self._url, name)
-                found.append({"step": int(match[1]), "url": url, "record": _read_commit(url)})
-        return sorted(found, key=lambda entry: entry["step"])
+        names = _committed(storage.list_files(self._url))
+        urls = [storage.join(self._url, name) for name in names]
+        return [
+            {"step": _step(name), "url": url, "record": _read_commit(url)}
+            for name, url in zip(names, urls, strict=True)
+        ]
 
     def save(self, step: int, state: dict[str, Any], record: dict[str, Any]) -> None:
         """Write and commit. Collective.
@@ -96,13 +94,23 @@ class Checkpoints:
         """Delete all but the newest ``keep`` and the best, and what was never committed."""
         if not self._world.is_main:
             return
-        steps = [commit["step"] for commit in self._scan()]
-        kept = {f"step-{step:08d}" for step in [*steps[-keep:], best_step] if step is not None}
-        for name in {path.partition("/")[0] for path in storage.list_files(self._url)}:
-            if _NAME.match(name) and name not in kept:
+        files = storage.list_files(self._url)
+        kept = set(_committed(files)[-keep:])
+        for name in {path.partition("/")[0] for path in files} - kept:
+            if _NAME.match(name) and _step(name) != best_step:
                 # The marker first: a half-deleted checkpoint must not look committed.
                 storage.delete_tree(f"{self._url}/{name}/{_COMMIT}")
                 storage.delete_tree(f"{self._url}/{name}")
+
+
+def _committed(files: list[str]) -> list[str]:
+    """The names of committed checkpoints among files relative to checkpoints/, oldest first."""
+    names = [name for name, _, file in (path.partition("/") for path in files) if file == _COMMIT]
+    return sorted(filter(_NAME.match, names), key=_step)
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
 
 
 def _read_commit(url: str) -> dict[str, Any]:
