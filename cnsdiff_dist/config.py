@@ -53,6 +53,12 @@ class Tables(Section):
         return self
 
 
+class Objective(Section):
+    kind: Literal["bpr", "softmax"] = "bpr"
+    similarity: Literal["dot", "cosine"] = "dot"
+    temperature: float = Field(1.0, gt=0, description="scores are divided by it")
+
+
 class Negatives(Section):
     kind: Literal["uniform", "cnsdiff"] = "cnsdiff"
     mix_start: tuple[float, float] = Field((3.0, 7.0), description="Beta(a, b) of lambda at first")
@@ -128,6 +134,7 @@ class Config(Section):
     run: Run = Run()
     model: Model = Model()
     tables: Tables = Tables()
+    objective: Objective = Objective()
     negatives: Negatives = Negatives()
     generator: Generator = Generator()
     loss: Loss = Loss()

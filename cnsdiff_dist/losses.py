@@ -10,9 +10,22 @@ from torch.nn import functional
 from cnsdiff_dist.models.diffusion import Denoise, Schedule, q_sample
 
 
-def bpr(user_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor) -> Tensor:
-    """-log sigmoid(u . i - u . j), [B] (Rendle et al., UAI 2009)."""
-    return functional.softplus((user_BD * (negative_BD - positive_BD)).sum(1))
+def bpr(positive_B: Tensor, negative_BN: Tensor) -> Tensor:
+    """-log sigmoid(s_pos - s_neg), a mean over a row's negatives, [B] (Rendle et al., UAI 2009).
+
+    A logit of -inf leaves a negative out; a row without any has loss 0.
+    """
+    loss_BN = functional.softplus(negative_BN - positive_B[:, None])  # softplus(-inf) is 0
+    return loss_BN.sum(1) / (negative_BN > -torch.inf).sum(1).clamp(min=1)
+
+
+def sampled_softmax(positive_B: Tensor, negative_BN: Tensor) -> Tensor:
+    """-log(e^pos / (e^pos + sum e^neg)), [B] (Bengio & Senécal, AISTATS 2003).
+
+    A logit of -inf leaves a negative out.
+    """
+    whole = torch.cat([positive_B[:, None], negative_BN], dim=1)
+    return whole.logsumexp(1) - positive_B
 
 
 def l2(*rows_BD: Tensor) -> Tensor:

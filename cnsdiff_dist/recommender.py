@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cnsdiff_dist import losses
 from cnsdiff_dist.config import Config
@@ -27,12 +28,14 @@ class Recommender:
             manifest.users, manifest.items, config.model.dim, config.tables, config.run.seed, world
         )
         self._layers, self._device = config.model.layers, world.device
+        self._objective = config.objective
         self._shape = (manifest.users, manifest.items)
         self._whole = full_block(graph, self._layers, world.device) if self._layers else None
 
-    def encode(self, users: Ids, items: Ids) -> tuple[Tensor, Tensor]:
-        """Encoder outputs [len(users) + len(items), D], users first, and the half squared
-        norms [same] of the table rows beneath them (what L2 regularises).
+    def encode(self, users: Ids, items: Ids) -> tuple[Tensor, Tensor, Tensor]:
+        """Encoder outputs of users [len(users), D] and items [len(items), D] as the objective
+        sees them, and the half squared norms [both] of the table rows beneath them (what L2
+        regularises).
 
         One table lookup: each row once, however often its id occurs.
 
@@ -44,7 +47,15 @@ class Recommender:
         block, position = self._block(users, items)
         ego_ND = self.tables.lookup(block.users, block.items)
         h_ND = propagate(block, ego_ND, self._layers)
-        return h_ND.index_select(0, position), losses.l2(ego_ND).index_select(0, position)
+        user_BD, item_BD = h_ND.index_select(0, position).split([len(users), len(items)])
+        half_square = losses.l2(ego_ND).index_select(0, position)
+        return *self._scored(user_BD, item_BD), half_square
+
+    def _scored(self, user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors whose dot product is the score: similarity over temperature."""
+        if self._objective.similarity == "cosine":
+            user, item = functional.normalize(user), functional.normalize(item)
+        return user / self._objective.temperature, item
 
     def _block(self, users: Ids, items: Ids) -> tuple[Block, Tensor]:
         """The block a batch needs and the rows' places in it."""
@@ -58,9 +69,10 @@ class Recommender:
 
     @torch.no_grad()
     def encode_all(self) -> tuple[Tensor, Tensor]:
-        """Every user's and item's encoder output, [U, D] and [I, D]. Collective."""
+        """Every user's and item's vector, [U, D] and [I, D], as the objective sees them: their
+        dot product is the score. Collective."""
         users, items = (torch.arange(rows, device=self._device) for rows in self._shape)
         block = self._whole or Block(users, items, None)
         h_ND = propagate(block, self.tables.lookup(block.users, block.items), self._layers)
         user_UD, item_ID = h_ND.split(list(self._shape))
-        return user_UD, item_ID
+        return self._scored(user_UD, item_ID)

@@ -25,7 +25,7 @@ from cnsdiff_dist.parallel.checkpoint import Checkpoints, Commit
 from cnsdiff_dist.parallel.dense import DenseEngine
 from cnsdiff_dist.recommender import Recommender
 from cnsdiff_dist.reporting import Reporter
-from cnsdiff_dist.samplers.protocol import Latents
+from cnsdiff_dist.samplers.protocol import Latents, Negatives
 from cnsdiff_dist.samplers.registry import make_sampler
 from cnsdiff_dist.world import World
 
@@ -126,18 +126,17 @@ class Trainer:
         candidates = self._sampler.candidates(batch, draws)
         latents, l2_B = self._encode(batch, candidates)
         negatives = self._sampler.negatives(latents, draws, self.progress.step / self.total_steps)
-        terms = {
-            "bpr": losses.bpr(latents.user_BD, latents.positive_BD, negatives.vector_BD),
-            "l2": config.loss.l2 * l2_B,
-            **negatives.terms,
-        }
+        ranking_B, hardness_B = self._rank(latents, negatives)
+        terms = {config.objective.kind: ranking_B, "l2": config.loss.l2 * l2_B, **negatives.terms}
+        if config.loss.contrastive:
+            terms["contrastive"] = self._contrast(latents, negatives, draws)
         share_B = latents.weight / batch.valid_rows
         loss = torch.stack(list(terms.values())).sum(0) @ share_B
         # Gradients are averaged over ranks; the mean over the global batch is a sum over them.
         self.dense.backward(loss * self.world.size)
         self.dense.step()
         observed = {"loss": loss.detach(), "rows": latents.weight.sum()}
-        for name, value_B in (terms | negatives.observed).items():
+        for name, value_B in (terms | {"hardness": hardness_B} | negatives.observed).items():
             observed[name] = value_B.detach() @ share_B
         return observed
 
@@ -145,20 +144,44 @@ class Trainer:
         """Look up and encode users, positives and candidates in one go."""
         rows, per_row = candidates.shape
         items = np.concatenate([batch.items, candidates.ravel()])
-        h, half_square = self.recommender.encode(batch.users, items)
-        user_BD, positive_BD, candidate = h.split([rows, rows, rows * per_row])
+        user_BD, item, half_square = self.recommender.encode(batch.users, items)
+        positive_BD, candidate = item.split([rows, rows * per_row])
         user_B, positive_B, candidate_B = half_square.split([rows, rows, rows * per_row])
         device = self.world.device
         environment = self._manifest.environment_of(self._degree[batch.items])
         latents = Latents(
+            batch,
+            candidates,
             user_BD,
             positive_BD,
-            candidate.view(rows, per_row, -1),
+            candidate.view(rows, per_row, self.config.model.dim),
             torch.from_numpy(environment).to(device),
             torch.from_numpy(batch.weight).to(device),
             len(batch.streams),
         )
-        return latents, user_B + positive_B + candidate_B.view(rows, per_row).mean(1)
+        candidate_BM = candidate_B.view(rows, per_row)
+        return latents, user_B + positive_B + candidate_BM.sum(1) / max(per_row, 1)
+
+    def _rank(self, latents: Latents, negatives: Negatives) -> tuple[Tensor, Tensor]:
+        """The objective [B], and the share of a row's negatives that outscore its positive."""
+        objective = self.config.objective
+        positive_B = (latents.user_BD * latents.positive_BD).sum(1)
+        logit_BN = negatives.logits(latents.user_BD, objective.similarity == "cosine")
+        hardness_B = (logit_BN.detach() > positive_B.detach()[:, None]).float().mean(1)
+        loss = losses.sampled_softmax if objective.kind == "softmax" else losses.bpr
+        return loss(positive_B, logit_BN), hardness_B
+
+    def _contrast(self, latents: Latents, negatives: Negatives, draws: Draws) -> Tensor:
+        """InfoNCE between a positive and its noised self; the noise is relative to its length."""
+        loss, positive_BD = self.config.loss, latents.positive_BD
+        with torch.no_grad():
+            length_B1 = positive_BD.norm(dim=1, keepdim=True) / positive_BD.shape[1] ** 0.5
+            noise_BD = loss.positive_noise * length_B1 * draws.normal(positive_BD.shape[1])
+        others = negatives.contrast or (negatives.vector_BND[:, 0],)
+        return loss.contrastive * losses.info_nce(
+            positive_BD, positive_BD + noise_BD, list(others), latents.weight, latents.groups,
+            loss.temperature,
+        )  # fmt: skip
 
     def _set_learning_rates(self) -> None:
         warmup = self.config.train.warmup_steps

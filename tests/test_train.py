@@ -417,7 +417,7 @@ def test_a_step_minimises_the_written_out_objective(
     rows = [whole["user"][batch.users], whole["item"][batch.items], whole["item"][candidates]]
     weight = torch.from_numpy(batch.weight) / batch.valid_rows
     l2 = 0.7 * sum(float(weight @ row.square().sum(1)) for row in rows) / 2
-    margin = (latents.user_BD * (latents.positive_BD - made.vector_BD)).sum(1).detach()
+    margin = (latents.user_BD * (latents.positive_BD - made.vector_BND[:, 0])).sum(1).detach()
     bpr = -torch.nn.functional.logsigmoid(margin) @ weight
     assert got["l2"] == pytest.approx(l2, rel=1e-4)
     assert got["bpr"] == pytest.approx(float(bpr), rel=1e-4)
@@ -565,3 +565,32 @@ def test_two_ranks_export_and_recommend_like_one(trained: Path, tmp_path: Path) 
         assert np.allclose(one["embedding"], two["embedding"], atol=1e-6)
     one, two = (pq.read_table(tmp_path / n / "r").to_pydict() for n in ("one", "two"))
     assert one["user"] == two["user"] and one["item"] == two["item"]
+
+
+def test_the_contrastive_noise_is_relative_to_the_length_of_the_positive(
+    dataset: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = _trainer(small_config(dataset, tmp_path, loss={"contrastive": 0.1}), world)
+    seen: list[torch.Tensor] = []
+
+    def info_nce(anchor: torch.Tensor, positive: torch.Tensor, *_: object) -> torch.Tensor:
+        seen.append((positive - anchor).norm(dim=1) / anchor.norm(dim=1))
+        return anchor.sum(1)
+
+    monkeypatch.setattr("cnsdiff_dist.losses.info_nce", info_nce)
+    trainer.step(next(iter(trainer._stream.batches(0))))
+    assert seen[0].mean().item() == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["bpr", "softmax"])
+def test_cosine_vectors_score_by_their_angle_over_the_temperature(
+    dataset: str, tmp_path: Path, world: World, kind: str
+) -> None:
+    objective = {"kind": kind, "similarity": "cosine", "temperature": 0.2}
+    trainer = _trainer(small_config(dataset, tmp_path, objective=objective), world)
+    trainer.step(next(iter(trainer._stream.batches(0))))
+    user_UD, item_ID = trainer.recommender.encode_all()
+    assert torch.allclose(user_UD.norm(dim=1), torch.full((len(user_UD),), 5.0))
+    assert torch.allclose(item_ID.norm(dim=1), torch.ones(len(item_ID)))
+    user, item, _ = trainer.recommender.encode(np.array([3, 3]), np.array([5]))
+    assert torch.allclose(user[1], user_UD[3]) and torch.allclose(item[0], item_ID[5])

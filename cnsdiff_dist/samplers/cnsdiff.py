@@ -41,7 +41,7 @@ class CNSDiffSampler:
         return self._uniform.candidates(batch, draws)
 
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
-        """z_neg = lambda z_hard + (1 - lambda) h_j, with the diffusion and contrastive losses."""
+        """z_neg = lambda z_hard + (1 - lambda) h_j, with the diffusion loss."""
         positive_BD = latents.positive_BD
         random_BD = latents.candidate_BMD[:, 0]
         standard = Standard(latents, self._world)
@@ -63,17 +63,12 @@ class CNSDiffSampler:
             candidates = self._generate(denoise, z0_BD, draws.normal(dim))
             hard_BD = hardest(standard.raw_item(candidates), latents.user_BD)
         terms = {"diffusion": self._loss.diffusion * diffusion_B}
-        if self._loss.contrastive:
-            noise_BD = self._loss.positive_noise * standard.item_std * draws.normal(dim)
-            terms["contrastive"] = self._loss.contrastive * losses.info_nce(
-                positive_BD, positive_BD + noise_BD, [hard_BD, random_BD], latents.weight,
-                latents.groups, self._loss.temperature,
-            )  # fmt: skip
         mix_B1 = draws.beta(*self._mix_at(progress))[:, None]
         with torch.no_grad():
             margin_B = (latents.user_BD * (positive_BD - hard_BD)).sum(1)
         return Negatives(
-            mix_B1 * hard_BD + (1 - mix_B1) * random_BD,
+            (mix_B1 * hard_BD + (1 - mix_B1) * random_BD)[:, None],
+            contrast=(hard_BD, random_BD),
             terms=terms,
             observed={"denoising_error": error_B, "hard_above_positive": (margin_B < 0).float()},
         )

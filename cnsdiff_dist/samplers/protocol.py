@@ -1,6 +1,7 @@
 """What a negative sampler is: first it names items to look up, then it makes negatives.
 
-Shapes: B rows of this rank, M candidates a row, D embedding dim.
+Shapes: B rows of this rank, M candidates a row, N negatives a row, D embedding dim;
+G rows of a canonical stream in a step (B = groups x G), P vectors in a group's pool.
 """
 
 from dataclasses import dataclass, field
@@ -8,7 +9,9 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cnsdiff_dist.data.stream import Batch
 from cnsdiff_dist.draws import Draws
@@ -16,10 +19,14 @@ from cnsdiff_dist.draws import Draws
 
 @dataclass(frozen=True)
 class Latents:
-    """Encoder outputs of a step's rows. ``weight`` is 0 for pads; rows lie in ``groups``
-    of equal size, one per canonical stream. ``environment`` is the positive's, int64 [B].
+    """Encoder outputs of a step's rows, as the objective sees them: the score of a pair is
+    their dot product. ``candidates`` are the item rows of ``candidate_BMD``, on the host.
+    ``weight`` is 0 for pads; rows lie in ``groups`` of equal size, one per canonical stream.
+    ``environment`` is the positive's, int64 [B].
     """
 
+    batch: Batch
+    candidates: npt.NDArray[np.int64]
     user_BD: Tensor
     positive_BD: Tensor
     candidate_BMD: Tensor
@@ -29,16 +36,54 @@ class Latents:
 
 
 @dataclass(frozen=True)
-class Negatives:
-    """``vector_BD`` goes into the objective, with gradient where it comes from the tables.
+class Pool:
+    """Negatives that the rows of a group share. ``offset_BP`` is added to their logits: -inf
+    leaves a vector out for a row. ``item_GP`` as in :class:`Negatives`."""
 
-    ``terms`` are further losses per row [B], already weighted; ``observed`` are values per
-    row [B] worth logging, without gradient.
+    vector_GPD: Tensor
+    offset_BP: Tensor
+    item_GP: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """Each row's own negatives and, perhaps, a pool shared by its group.
+
+    ``vector_BND`` carries gradient where it comes from the tables; N may be 0 beside a pool.
+    ``offset_BN`` is added to the logits: minus the log of how often the sampler draws them.
+    ``item_BN`` are their item rows, None for synthetic vectors. ``contrast`` are [B, D] rows
+    the contrastive term pushes the positive from; the first own negative if empty. ``terms``
+    are further losses per row [B], already weighted; ``observed`` values per row [B] worth
+    logging, without gradient.
     """
 
-    vector_BD: Tensor
+    vector_BND: Tensor
+    item_BN: Tensor | None = None
+    offset_BN: Tensor | None = None
+    pool: Pool | None = None
+    contrast: tuple[Tensor, ...] = ()
     terms: dict[str, Tensor] = field(default_factory=dict)
     observed: dict[str, Tensor] = field(default_factory=dict)
+
+    def logits(self, user_BD: Tensor, cosine: bool) -> Tensor:
+        """Scores plus offsets of every negative of a row, own first: [B, N + P].
+
+        With ``cosine`` the vectors are brought to length 1: a mixture of unit vectors is not.
+        """
+        unit = functional.normalize if cosine else _same
+        own_BN = torch.einsum("bd,bnd->bn", user_BD, unit(self.vector_BND, dim=-1))
+        if self.offset_BN is not None:
+            own_BN = own_BN + self.offset_BN
+        if self.pool is None:
+            return own_BN
+        pool_GPD = unit(self.pool.vector_GPD, dim=-1)
+        grouped = user_BD.unflatten(0, (len(pool_GPD), -1))
+        pool_BP = torch.bmm(grouped, pool_GPD.transpose(1, 2)).flatten(0, 1)
+        return torch.cat([own_BN, pool_BP + self.pool.offset_BP], dim=1)
+
+
+def _same(rows: Tensor, dim: int) -> Tensor:
+    return rows
 
 
 class Sampler(Protocol):
@@ -46,7 +91,7 @@ class Sampler(Protocol):
     """What the dense engine trains; the trainer puts the engine in its place."""
 
     def candidates(self, batch: Batch, draws: Draws) -> npt.NDArray[np.int64]:
-        """Item rows to encode beside the batch, int64 [B, M], on the host."""
+        """Item rows to encode beside the batch, int64 [B, M], on the host; M may be 0."""
         ...
 
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from cnsdiff_dist.data.graph import GraphArrays
@@ -20,7 +21,8 @@ class UniformSampler:
         return non_interacted(self._graph, batch.users, batch.items, uniform)[:, None]
 
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
-        return Negatives(latents.candidate_BMD[:, 0])
+        item_BN = torch.from_numpy(latents.candidates).to(latents.user_BD.device)
+        return Negatives(latents.candidate_BMD, item_BN)
 
 
 def non_interacted(
