@@ -61,6 +61,9 @@ class Objective(Section):
 
 class Negatives(Section):
     kind: Literal["uniform", "cnsdiff"] = "cnsdiff"
+    share: Literal["row", "group"] = Field(
+        "row", description="who sees a generated negative; group: one pool with the positives"
+    )
     mix_start: tuple[float, float] = Field((3.0, 7.0), description="Beta(a, b) of lambda at first")
     mix_end: tuple[float, float] = Field((3.0, 7.0), description="Beta(a, b) of lambda at last")
 
@@ -77,6 +80,7 @@ class Generator(Section):
     levels: tuple[int, ...] = Field((10, 14, 18), description="noise levels of the candidates")
     condition: tuple[Literal["user", "environment"], ...] = ("user", "environment")
     hidden: int = Field(128, ge=1, description="width of the denoiser")
+    train_share: float = Field(0.25, gt=0, le=1, description="rows of a batch it learns from")
     lr: float = Field(0.002, gt=0, description="Adam's learning rate")
     snr_clip: float = Field(5.0, gt=0, description="upper bound of the SNR weights")
     detach: bool = Field(True, description="keep the diffusion loss out of the tables")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from cnsdiff_dist.data.stream import Batch
 from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.models.diffusion import make_schedule, q_sample
 from cnsdiff_dist.samplers.cnsdiff import CNSDiffSampler, Standard, hardest
+from cnsdiff_dist.samplers.pools import KnownPositives
 from cnsdiff_dist.samplers.protocol import Latents
 from cnsdiff_dist.samplers.uniform import UniformSampler, non_interacted
 from cnsdiff_dist.world import World
@@ -266,3 +269,48 @@ def test_the_time_step_reaches_the_denoiser(tiny_graph: GraphArrays, world: Worl
     z, environment = torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64)
     out = network(z, torch.tensor([0, 19]), torch.zeros(2, 8), environment)
     assert not torch.allclose(out[0], out[1])
+
+
+# --- pools of a group ---------------------------------------------------------------------
+
+
+def test_known_positives_are_those_of_the_train_rows(tiny_graph: GraphArrays) -> None:
+    users, items = np.array([0, 4, 3, 1, 0, 2]), np.array([0, 1, 0, 2, 1, 1])
+    known = KnownPositives(tiny_graph)
+    for _ in range(2):  # nothing is left behind by the first call
+        got = known.of(users, items, groups=2)
+        for row in range(6):
+            pool = items[row // 3 * 3 : row // 3 * 3 + 3]
+            assert got[row].tolist() == [i in _positives(tiny_graph, users[row]) for i in pool]
+
+
+def test_a_shared_pool_holds_the_groups_positives_and_what_was_made_of_them(
+    tiny_graph: GraphArrays, world: World
+) -> None:
+    shared = {"share": "group"}
+    sampler, _ = _with_known_network(
+        tiny_graph, world, negatives=shared, generator={"levels": (10, 14)}
+    )
+    latents = replace(_latents(), candidate_BMD=torch.empty(256, 0, 8))
+    latents.weight[[3, 200]] = latents.batch.weight[[3, 200]] = 0
+    made = sampler.negatives(latents, _draws(), 0.5)
+    assert made.vector_BND.shape == (256, 0, 8) and made.pool is not None
+    assert made.pool.vector_GPD.shape == (2, 3 * 128, 8)
+    logits = made.logits(latents.user_BD, cosine=False)
+    mean = latents.positive_BD[latents.weight > 0].mean(0)  # what the known network generates
+    known = _positives(tiny_graph, 0)
+    for row in (0, 127, 128, 255):
+        for column in range(384):
+            source = row // 128 * 128 + column % 128
+            vector = latents.positive_BD[source] if column < 128 else mean
+            out = latents.weight[source] == 0 or (column < 128 and 0 in known)
+            expected = -torch.inf if out else float(vector @ latents.user_BD[row])
+            assert logits[row, column].item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_generator_learns_from_a_share_of_each_group(
+    tiny_graph: GraphArrays, world: World
+) -> None:
+    sampler = CNSDiffSampler(_config(generator={"train_share": 0.25}), tiny_graph, 3, world)
+    term = sampler.negatives(_latents(), _draws(), 0.5).terms["diffusion"].view(2, 128)
+    assert (term[:, :32] > 0).all() and (term[:, 32:] == 0).all()

@@ -16,16 +16,23 @@ from cnsdiff_dist.data.stream import Batch
 from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.models.denoiser import Denoiser
 from cnsdiff_dist.models.diffusion import Denoise, make_schedule, q_sample, reverse_levels
-from cnsdiff_dist.samplers.protocol import Latents, Negatives
+from cnsdiff_dist.samplers.pools import KnownPositives, batch_offsets
+from cnsdiff_dist.samplers.protocol import Latents, Negatives, Pool
 from cnsdiff_dist.samplers.uniform import UniformSampler
 from cnsdiff_dist.world import World
 
 
 class CNSDiffSampler:
+    """``negatives.share`` says who sees a generated negative.
+
+    ``row``: only its own row, mixed with a uniform item as in the paper. ``group``: every row
+    of its group, in one pool with the group's positives; what a softmax wants.
+    """
+
     def __init__(self, config: Config, graph: GraphArrays, environments: int, world: World) -> None:
-        self._config, self._loss = config.generator, config.loss
-        self._mix = (config.negatives.mix_start, config.negatives.mix_end)
+        self._config, self._loss, self._negatives = config.generator, config.loss, config.negatives
         self._world, self._uniform = world, UniformSampler(graph)
+        self._known = KnownPositives(graph)
         self._schedule = make_schedule(self._config.schedule, self._config.steps).to(world.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
@@ -38,50 +45,84 @@ class CNSDiffSampler:
             )
 
     def candidates(self, batch: Batch, draws: Draws) -> npt.NDArray[np.int64]:
+        if self._negatives.share == "group":
+            return np.empty((len(batch.users), 0), np.int64)
         return self._uniform.candidates(batch, draws)
 
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
-        """z_neg = lambda z_hard + (1 - lambda) h_j, with the diffusion loss."""
+        """Negatives from one reverse chain per row, and the diffusion loss."""
         positive_BD = latents.positive_BD
-        random_BD = latents.candidate_BMD[:, 0]
         standard = Standard(latents, self._world)
         z0_BD = standard.item(positive_BD.detach() if self._config.detach else positive_BD)
         user_BD = standard.user(latents.user_BD.detach())
-
-        network = self.network
-
-        def denoise(zt_BD: Tensor, t_B: Tensor) -> Tensor:
-            assert network is not None
-            return network(zt_BD, t_B, user_BD, latents.environment)
-
-        dim = positive_BD.shape[1]
-        diffusion_B, error_B = losses.diffusion(
-            denoise, z0_BD, draws.integers(self._config.steps), draws.normal(dim),
-            self._schedule, self._config.snr_clip, self._loss.causal,
-        )  # fmt: skip
+        diffusion_B, error_B = self._learn(z0_BD, user_BD, latents, draws)
         with torch.no_grad():
-            candidates = self._generate(denoise, z0_BD, draws.normal(dim))
-            hard_BD = hardest(standard.raw_item(candidates), latents.user_BD)
-        terms = {"diffusion": self._loss.diffusion * diffusion_B}
-        mix_B1 = draws.beta(*self._mix_at(progress))[:, None]
-        with torch.no_grad():
+            noise_BD = draws.normal(z0_BD.shape[1])
+            made_LBD = standard.raw_item(
+                self._generate(z0_BD, user_BD, latents.environment, noise_BD)
+            )
+            hard_BD = hardest(made_LBD, latents.user_BD)
             margin_B = (latents.user_BD * (positive_BD - hard_BD)).sum(1)
+        terms = {"diffusion": self._loss.diffusion * diffusion_B}
+        observed = {"denoising_error": error_B, "hard_above_positive": (margin_B < 0).float()}
+        if self._negatives.share == "group":
+            return Negatives(
+                latents.candidate_BMD, pool=self._pool(made_LBD, latents),
+                contrast=(hard_BD,), hard_BD=hard_BD, terms=terms, observed=observed,
+            )  # fmt: skip
+        mix_B1 = draws.beta(*self._mix_at(progress))[:, None]
+        random_BD = latents.candidate_BMD[:, 0]
         return Negatives(
             (mix_B1 * hard_BD + (1 - mix_B1) * random_BD)[:, None],
-            contrast=(hard_BD, random_BD),
-            terms=terms,
-            observed={"denoising_error": error_B, "hard_above_positive": (margin_B < 0).float()},
-        )
+            contrast=(hard_BD, random_BD), hard_BD=hard_BD, terms=terms, observed=observed,
+        )  # fmt: skip
 
-    def _generate(self, denoise: Denoise, z0_BD: Tensor, noise_BD: Tensor) -> Tensor:
+    def _learn(
+        self, z0_BD: Tensor, user_BD: Tensor, latents: Latents, draws: Draws
+    ) -> tuple[Tensor, Tensor]:
+        """The diffusion loss [B] on the first ``train_share`` of each group's rows (any rows
+        are random ones), scaled so that its mean is unbiased, and the denoising error [B]."""
+        t_B, noise_BD = draws.integers(self._config.steps), draws.normal(z0_BD.shape[1])
+        rows = torch.arange(len(z0_BD), device=z0_BD.device).view(latents.groups, -1)
+        some = rows[:, : max(1, round(rows.shape[1] * self._config.train_share))].flatten()
+        loss_b, error_b = losses.diffusion(
+            self._denoise(user_BD[some], latents.environment[some]), z0_BD[some], t_B[some],
+            noise_BD[some], self._schedule, self._config.snr_clip, self._loss.causal,
+        )  # fmt: skip
+        scale = len(z0_BD) / len(some)
+        zero_B = torch.zeros_like(z0_BD[:, 0])
+        return (
+            zero_B.index_copy(0, some, loss_b * scale), zero_B.index_copy(0, some, error_b * scale)
+        )  # fmt: skip
+
+    def _denoise(self, user_BD: Tensor, environment_B: Tensor) -> Denoise:
+        network = self.network
+        assert network is not None
+        return lambda zt_BD, t_B: network(zt_BD, t_B, user_BD, environment_B)
+
+    def _generate(
+        self, z0_BD: Tensor, user_BD: Tensor, environment_B: Tensor, noise_BD: Tensor
+    ) -> Tensor:
         """Candidates at every noise level from one reverse chain, [levels, B, D]."""
         levels = self._config.levels
         t_B = torch.full((len(z0_BD),), levels[-1] - 1, device=z0_BD.device)
         zt_BD = q_sample(z0_BD, t_B, noise_BD, self._schedule)
-        return reverse_levels(denoise, zt_BD, levels, self._schedule)
+        return reverse_levels(self._denoise(user_BD, environment_B), zt_BD, levels, self._schedule)
+
+    def _pool(self, made_LBD: Tensor, latents: Latents) -> Pool:
+        """The group's positives and what was generated from them, [groups, (1 + levels) G, D]."""
+        vectors = [latents.positive_BD, *made_LBD]
+        pads_BG = (latents.weight == 0).view(latents.groups, 1, -1)
+        pads_BG = pads_BG.expand(-1, pads_BG.shape[2], -1).flatten(0, 1)
+        made_BG = torch.zeros(pads_BG.shape, device=pads_BG.device)
+        made_BG = made_BG.masked_fill(pads_BG, -torch.inf)
+        return Pool(
+            torch.cat([rows.unflatten(0, (latents.groups, -1)) for rows in vectors], dim=1),
+            torch.cat([batch_offsets(self._known, latents), *[made_BG] * len(made_LBD)], dim=1),
+        )
 
     def _mix_at(self, progress: float) -> tuple[float, float]:
-        (a0, b0), (a1, b1) = self._mix
+        (a0, b0), (a1, b1) = self._negatives.mix_start, self._negatives.mix_end
         return a0 + progress * (a1 - a0), b0 + progress * (b1 - b0)
 
 

@@ -52,8 +52,9 @@ class Negatives:
     ``vector_BND`` carries gradient where it comes from the tables; N may be 0 beside a pool.
     ``offset_BN`` is added to the logits: minus the log of how often the sampler draws them.
     ``item_BN`` are their item rows, None for synthetic vectors. ``contrast`` are [B, D] rows
-    the contrastive term pushes the positive from; the first own negative if empty. ``terms``
-    are further losses per row [B], already weighted; ``observed`` values per row [B] worth
+    the contrastive term pushes the positive from; the first own negative if empty.
+    ``hard_BD`` is the synthesised part of a row's negatives, for diagnostics. ``terms`` are
+    further losses per row [B], already weighted; ``observed`` values per row [B] worth
     logging, without gradient.
     """
 
@@ -62,6 +63,7 @@ class Negatives:
     offset_BN: Tensor | None = None
     pool: Pool | None = None
     contrast: tuple[Tensor, ...] = ()
+    hard_BD: Tensor | None = None
     terms: dict[str, Tensor] = field(default_factory=dict)
     observed: dict[str, Tensor] = field(default_factory=dict)
 

@@ -1,0 +1,60 @@
+"""What the rows of a group may share: the batch's own positives, minus what a user likes.
+
+Shapes: B rows, D embedding dim, G rows of a group; a group is one canonical stream's rows of a
+step, so that a row's pool depends neither on the world size nor on the rank.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cnsdiff_dist.data.graph import GraphArrays
+from cnsdiff_dist.samplers.protocol import Latents
+
+
+class KnownPositives:
+    """Tells which positives of a group a user of the group has interacted with.
+
+    The work is in proportion to the train rows of the batch's distinct users; one int32 per
+    catalogue item is kept, so that no step has to search or to clear the catalogue.
+    """
+
+    def __init__(self, graph: GraphArrays) -> None:
+        self._graph = graph
+        self._slot = np.full(len(graph.item_indptr) - 1, -1, np.int32)
+
+    def of(
+        self, users: npt.NDArray[np.int64], items: npt.NDArray[np.int64], groups: int
+    ) -> npt.NDArray[np.bool_]:
+        """Whether row b's user has item c of b's group, bool [B, G]; users and items [B]."""
+        pairs = zip(np.split(users, groups), np.split(items, groups), strict=True)
+        return np.concatenate([self._of_group(user, item) for user, item in pairs])
+
+    def _of_group(
+        self, users: npt.NDArray[np.int64], items: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        pool, column = np.unique(items, return_inverse=True)
+        who, row = np.unique(users, return_inverse=True)
+        start = np.asarray(self._graph.user_indptr[who])
+        degree = np.asarray(self._graph.user_indptr[who + 1]) - start
+        owner = np.repeat(np.arange(len(who)), degree)
+        edge = np.arange(len(owner)) + np.repeat(start - np.cumsum(degree) + degree, degree)
+        self._slot[pool] = np.arange(len(pool))
+        slot = self._slot[self._graph.user_items[edge]]
+        self._slot[pool] = -1
+        known = np.zeros((len(who), len(pool)), bool)
+        known[owner[slot >= 0], slot[slot >= 0]] = True
+        return np.asarray(known[row][:, column])
+
+
+def batch_offsets(known: KnownPositives, latents: Latents) -> Tensor:
+    """0, or -inf where the group's positive c may not be a negative of row b, [B, G]:
+    c is a pad, or an item b's user has interacted with, b's own positive included."""
+    batch = latents.batch
+    out = known.of(batch.users, batch.items, latents.groups)
+    out |= np.repeat(batch.weight.reshape(latents.groups, -1) == 0, out.shape[1], axis=0)
+    device = latents.user_BD.device
+    return torch.zeros(out.shape, device=device).masked_fill(
+        torch.from_numpy(out).to(device), -torch.inf
+    )
