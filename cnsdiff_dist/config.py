@@ -60,7 +60,17 @@ class Objective(Section):
 
 
 class Negatives(Section):
-    kind: Literal["uniform", "cnsdiff"] = "cnsdiff"
+    kind: Literal[
+        "uniform", "popularity", "in_batch", "mixed", "dns", "dns_mn", "softmax", "mixgcf", "dens",
+        "ahns", "srns", "dmns", "cnsdiff_published", "cnsdiff",
+    ] = "cnsdiff"  # fmt: skip
+    count: int = Field(1, ge=1, description="negatives a row, of uniform, popularity and mixed")
+    candidates: int = Field(8, ge=2, description="M, a row's pool that hard samplers pick from")
+    gamma: float = Field(0.75, ge=0, description="popularity: p(i) ~ degree(i)^gamma")
+    log_q: bool = Field(False, description="in_batch, mixed: subtract log q(i) from the logits")
+    top: int = Field(4, ge=1, description="dns_mn: N, one of the top N of M at random")
+    rho: float = Field(1.0, gt=0, description="softmax: temperature of the choice among M")
+    hardness: float = Field(0.5, gt=0, description="ahns: beta; srns: weight of the variance")
     share: Literal["row", "group"] = Field(
         "row", description="who sees a generated negative; group: one pool with the positives"
     )
@@ -71,6 +81,8 @@ class Negatives(Section):
     def _beta_is_positive(self) -> Self:
         if min(*self.mix_start, *self.mix_end) <= 0:
             raise ValueError("mix_start and mix_end are the parameters of a Beta: both above 0")
+        if self.top > self.candidates:
+            raise ValueError(f"top ({self.top}) of {self.candidates} candidates: at most all")
         return self
 
 

@@ -51,20 +51,8 @@ class CNSDiffSampler:
 
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
         """Negatives from one reverse chain per row, and the diffusion loss."""
-        positive_BD = latents.positive_BD
-        standard = Standard(latents, self._world)
-        z0_BD = standard.item(positive_BD.detach() if self._config.detach else positive_BD)
-        user_BD = standard.user(latents.user_BD.detach())
-        diffusion_B, error_B = self._learn(z0_BD, user_BD, latents, draws)
-        with torch.no_grad():
-            noise_BD = draws.normal(z0_BD.shape[1])
-            made_LBD = standard.raw_item(
-                self._generate(z0_BD, user_BD, latents.environment, noise_BD)
-            )
-            hard_BD = hardest(made_LBD, latents.user_BD)
-            margin_B = (latents.user_BD * (positive_BD - hard_BD)).sum(1)
-        terms = {"diffusion": self._loss.diffusion * diffusion_B}
-        observed = {"denoising_error": error_B, "hard_above_positive": (margin_B < 0).float()}
+        made_LBD, terms, observed = self.generate(latents, draws)
+        hard_BD = hardest(made_LBD, latents.user_BD)
         if self._negatives.share == "group":
             return Negatives(
                 latents.candidate_BMD, pool=self._pool(made_LBD, latents),
@@ -76,6 +64,24 @@ class CNSDiffSampler:
             (mix_B1 * hard_BD + (1 - mix_B1) * random_BD)[:, None],
             contrast=(hard_BD, random_BD), hard_BD=hard_BD, terms=terms, observed=observed,
         )  # fmt: skip
+
+    def generate(
+        self, latents: Latents, draws: Draws
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Vectors [levels, B, D] without gradient, the diffusion loss, and its error."""
+        positive_BD = latents.positive_BD
+        standard = Standard(latents, self._world)
+        z0_BD = standard.item(positive_BD.detach() if self._config.detach else positive_BD)
+        user_BD = standard.user(latents.user_BD.detach())
+        diffusion_B, error_B = self._learn(z0_BD, user_BD, latents, draws)
+        with torch.no_grad():
+            noise_BD = draws.normal(z0_BD.shape[1])
+            made_LBD = standard.raw_item(self._chain(z0_BD, user_BD, latents.environment, noise_BD))
+        return (
+            made_LBD,
+            {"diffusion": self._loss.diffusion * diffusion_B},
+            {"denoising_error": error_B},
+        )
 
     def _learn(
         self, z0_BD: Tensor, user_BD: Tensor, latents: Latents, draws: Draws
@@ -100,7 +106,7 @@ class CNSDiffSampler:
         assert network is not None
         return lambda zt_BD, t_B: network(zt_BD, t_B, user_BD, environment_B)
 
-    def _generate(
+    def _chain(
         self, z0_BD: Tensor, user_BD: Tensor, environment_B: Tensor, noise_BD: Tensor
     ) -> Tensor:
         """Candidates at every noise level from one reverse chain, [levels, B, D]."""
@@ -126,6 +132,7 @@ class CNSDiffSampler:
         return a0 + progress * (a1 - a0), b0 + progress * (b1 - b0)
 
 
+@torch.no_grad()
 def hardest(candidates_LBD: Tensor, user_BD: Tensor) -> Tensor:
     """Per row, the candidate with the highest user score, [B, D]."""
     score_LB = torch.einsum("lbd,bd->lb", candidates_LBD, user_BD)

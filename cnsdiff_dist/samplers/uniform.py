@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.stream import Batch
@@ -12,17 +12,36 @@ from cnsdiff_dist.samplers.protocol import Latents, Negatives
 
 
 class UniformSampler:
-    def __init__(self, graph: GraphArrays) -> None:
-        self._graph = graph
+    """All of ``count`` uniform items a row; other samplers choose among such candidates."""
+
+    def __init__(self, graph: GraphArrays, count: int = 1) -> None:
+        self._graph, self._count = graph, count
         self.network: nn.Module | None = None
 
     def candidates(self, batch: Batch, draws: Draws) -> npt.NDArray[np.int64]:
-        uniform = draws.uniform(1)[:, 0]
-        return non_interacted(self._graph, batch.users, batch.items, uniform)[:, None]
+        uniform = draws.uniform(self._count).ravel()
+        users, items = (np.repeat(ids, self._count) for ids in (batch.users, batch.items))
+        return non_interacted(self._graph, users, items, uniform).reshape(-1, self._count)
 
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
         item_BN = torch.from_numpy(latents.candidates).to(latents.user_BD.device)
         return Negatives(latents.candidate_BMD, item_BN)
+
+
+def chosen(latents: Latents, column_B: Tensor) -> Negatives:
+    """One candidate a row, by its column."""
+    rows = torch.arange(len(column_B), device=column_B.device)
+    item_BM = torch.from_numpy(latents.candidates).to(column_B.device)
+    return Negatives(
+        latents.candidate_BMD[rows, column_B][:, None], item_BM[rows, column_B][:, None]
+    )
+
+
+@torch.no_grad()
+def scores(latents: Latents) -> tuple[Tensor, Tensor]:
+    """Scores of the positive [B] and of the candidates [B, M], without gradient."""
+    positive_B = (latents.user_BD * latents.positive_BD).sum(1)
+    return positive_B, torch.einsum("bd,bmd->bm", latents.user_BD, latents.candidate_BMD)
 
 
 def non_interacted(

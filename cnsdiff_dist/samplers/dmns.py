@@ -1,0 +1,41 @@
+"""Multi-level negatives from a diffusion conditioned on the query (DMNS).
+
+Nguyen & Fang, "Diffusion-based Negative Sampling on Graphs for Link Prediction", WWW 2024: a
+diffusion model learns p(h_positive | h_query); samples at several time steps of the reverse
+chain are negatives of several levels of hardness, noisier being easier. The query is the user; the
+levels are ``generator.levels``; every level is a negative of its row, the clean ones weighted
+less as in the paper (here log weights -1, -2, .. from the noisiest on, as logit offsets).
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cnsdiff_dist.config import Config
+from cnsdiff_dist.data.graph import GraphArrays
+from cnsdiff_dist.data.stream import Batch
+from cnsdiff_dist.draws import Draws
+from cnsdiff_dist.samplers.cnsdiff import CNSDiffSampler, hardest
+from cnsdiff_dist.samplers.protocol import Latents, Negatives
+from cnsdiff_dist.world import World
+
+
+class DMNSSampler(CNSDiffSampler):
+    """CNSDiff's machinery with the user as the only condition and no mixing; levels are kept."""
+
+    def __init__(self, config: Config, graph: GraphArrays, environments: int, world: World) -> None:
+        user_only = config.generator.model_copy(update={"condition": ("user",)})
+        super().__init__(
+            config.model_copy(update={"generator": user_only}), graph, environments, world
+        )
+
+    def candidates(self, batch: Batch, draws: Draws) -> npt.NDArray[np.int64]:
+        return np.empty((len(batch.users), 0), np.int64)
+
+    def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
+        made_LBD, terms, observed = self.generate(latents, draws)
+        level = torch.arange(len(made_LBD), device=made_LBD.device)
+        return Negatives(
+            made_LBD.transpose(0, 1), offset_BN=-level.float().expand(made_LBD.shape[1], -1),
+            hard_BD=hardest(made_LBD, latents.user_BD), terms=terms, observed=observed,
+        )  # fmt: skip
