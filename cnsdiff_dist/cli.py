@@ -10,10 +10,10 @@ import sys
 import textwrap
 import warnings
 
-from cnsdiff_dist.commands import evaluate, export, prepare, recommend, train
+from cnsdiff_dist.commands import calibrate, evaluate, export, prepare, recommend, train
 from cnsdiff_dist.errors import UserError
 
-_COMMANDS = (prepare, train, evaluate, export, recommend)
+_COMMANDS = (prepare, train, evaluate, calibrate, export, recommend)
 
 _EPILOG = """\
 a whole job:

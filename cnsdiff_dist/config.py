@@ -39,7 +39,7 @@ class Model(Section):
 class Tables(Section):
     sharding: Literal["row_wise", "table_wise", "column_wise"] = "row_wise"
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
-    lr: float = Field(0.01, gt=0)
+    lr: float = Field(0.05, gt=0)
     eps: float = Field(1e-8, gt=0)
     init_std: float = Field(0.01, gt=0, description="standard deviation of the initial rows")
 
@@ -54,9 +54,9 @@ class Tables(Section):
 
 
 class Objective(Section):
-    kind: Literal["bpr", "softmax"] = "bpr"
-    similarity: Literal["dot", "cosine"] = "dot"
-    temperature: float = Field(1.0, gt=0, description="scores are divided by it")
+    kind: Literal["bpr", "softmax"] = "softmax"
+    similarity: Literal["dot", "cosine"] = "cosine"
+    temperature: float = Field(0.2, gt=0, description="scores are divided by it")
 
 
 class Negatives(Section):
@@ -72,7 +72,7 @@ class Negatives(Section):
     rho: float = Field(1.0, gt=0, description="softmax: temperature of the choice among M")
     hardness: float = Field(0.5, gt=0, description="ahns: beta; srns: weight of the variance")
     share: Literal["row", "group"] = Field(
-        "row", description="who sees a generated negative; group: one pool with the positives"
+        "group", description="who sees a generated negative; group: one pool with the positives"
     )
     mix_start: tuple[float, float] = Field((3.0, 7.0), description="Beta(a, b) of lambda at first")
     mix_end: tuple[float, float] = Field((3.0, 7.0), description="Beta(a, b) of lambda at last")
@@ -89,9 +89,9 @@ class Negatives(Section):
 class Generator(Section):
     steps: int = Field(20, ge=2, description="T, the number of diffusion steps")
     schedule: Literal["cosine", "linear", "linear-var"] = "cosine"
-    levels: tuple[int, ...] = Field((10, 14, 18), description="noise levels of the candidates")
-    condition: tuple[Literal["user", "environment"], ...] = ("user", "environment")
-    hidden: int = Field(128, ge=1, description="width of the denoiser")
+    levels: tuple[int, ...] = Field((20,), description="noise levels of the candidates")
+    condition: tuple[Literal["user", "environment"], ...] = ("environment",)
+    hidden: int = Field(64, ge=1, description="width of the denoiser")
     train_share: float = Field(0.25, gt=0, le=1, description="rows of a batch it learns from")
     lr: float = Field(0.002, gt=0, description="Adam's learning rate")
     snr_clip: float = Field(5.0, gt=0, description="upper bound of the SNR weights")
@@ -114,7 +114,7 @@ class Generator(Section):
 
 
 class Loss(Section):
-    contrastive: float = Field(0.003, ge=0, description="w_cl")
+    contrastive: float = Field(0.0, ge=0, description="w_cl")
     temperature: float = Field(2.0, gt=0, description="of the contrastive term")
     positive_noise: float = Field(0.1, ge=0, description="std of the noise on its positive")
     diffusion: float = Field(1.0, ge=0, description="w_diff")
@@ -123,7 +123,7 @@ class Loss(Section):
 
 
 class Train(Section):
-    epochs: int = Field(10, ge=1)
+    epochs: int = Field(30, ge=1)
     batch: int = Field(2048, ge=1, description="rows of a global step, over all ranks")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up of both learning rates")
     select_split: Literal["valid_iid", "valid_ood"] = "valid_iid"
@@ -142,6 +142,10 @@ class Evaluation(Section):
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (10, 20), min_length=1, description="lengths of the lists that are evaluated"
     )
+    alphas: tuple[float, ...] = Field(
+        (0.0, 0.5, 1.0), min_length=1,
+        description="environment adjustments tried at each validation; the best one counts",
+    )  # fmt: skip
     users_per_chunk: int = Field(256, ge=1)
 
 

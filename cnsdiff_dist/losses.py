@@ -24,8 +24,11 @@ def sampled_softmax(positive_B: Tensor, negative_BN: Tensor) -> Tensor:
 
     A logit of -inf leaves a negative out.
     """
-    whole = torch.cat([positive_B[:, None], negative_BN], dim=1)
-    return whole.logsumexp(1) - positive_B
+    # Written out: a row may have no negative left, of which logsumexp has no gradient.
+    with torch.no_grad():
+        top_B = torch.maximum(positive_B, negative_BN.amax(1))
+    mass_B = (negative_BN - top_B[:, None]).exp_().sum(1) + (positive_B - top_B).exp()
+    return mass_B.log() + top_B - positive_B
 
 
 def l2(*rows_BD: Tensor) -> Tensor:

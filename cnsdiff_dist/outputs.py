@@ -23,7 +23,7 @@ _DONE = "_SUCCESS"  # readers of a Parquet directory skip names with an undersco
 _PART = re.compile(r"((users|items)/)?part-\d{5}\.parquet")
 
 
-def write_embeddings(model: Trained, url: str) -> None:
+def write_embeddings(model: Trained, url: str, alpha: float = 0.0) -> None:
     """Columns ``id`` and ``embedding`` (fixed-size list of float32) per side. Collective."""
     _begin(model, url)
     for side, table_ND in (("users", model.user_UD), ("items", model.item_ID)):
@@ -35,7 +35,7 @@ def write_embeddings(model: Trained, url: str) -> None:
             model, f"{url}/{side}", pa.table({"id": raw.take(pa.array(mine)), "embedding": vectors})
         )
     counts = {"users": model.manifest.users, "items": model.manifest.items}
-    _commit(model, url, {"dim": model.user_UD.shape[1], **counts})
+    _commit(model, url, {"dim": model.user_UD.shape[1], "alpha": alpha, **counts})
 
 
 def listed_users(model: Trained, file: str | None) -> Ids:
@@ -119,7 +119,7 @@ def _write_part(model: Trained, url: str, table: pa.Table) -> None:
         pq.write_table(table, file)
 
 
-def _commit(model: Trained, url: str, record: dict[str, int]) -> None:
+def _commit(model: Trained, url: str, record: dict[str, float]) -> None:
     model.world.barrier()
     if model.world.is_main:
         text = json.dumps({"step": model.step, **record})

@@ -71,6 +71,7 @@ class Reporter:
         shown = "  ".join(
             f"{key} {metrics[key]:.4f}" for key in metrics if key.startswith(("recall", "ndcg"))
         )
+        shown += f"  alpha {metrics['alpha']:g}"
         self.say(f"epoch {epoch}  step {step}  {split}: {shown}{'  (best)' if best else ''}")
 
     def say(self, line: str) -> None:

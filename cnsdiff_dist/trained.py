@@ -3,16 +3,28 @@
 Shapes: U users, I items, D embedding dim.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from cnsdiff_dist import storage
+from cnsdiff_dist.adjustment import (
+    Calibration,
+    adjusted,
+    fit_alpha,
+    log_p_exposure,
+    log_p_train,
+    read_calibration,
+    write_calibration,
+)
 from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.dataset import load_manifest
 from cnsdiff_dist.data.graph import GraphArrays, open_graph
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.evaluator import Evaluator
 from cnsdiff_dist.parallel.checkpoint import Checkpoints, Commit
 from cnsdiff_dist.recommender import Recommender
 from cnsdiff_dist.rundir import check_dataset, read_config
@@ -28,9 +40,35 @@ class Trained:
     manifest: Manifest
     graph: GraphArrays
     world: World
+    run_url: str
     step: int
     user_UD: Tensor
     item_ID: Tensor
+
+    def log_p(self, exposure: str | None) -> Tensor:
+        """log p_env(i) of the train split, or of a table of recent exposure, [I]."""
+        device = self.item_ID.device
+        if exposure is None:
+            return log_p_train(self.graph, device)
+        return log_p_exposure(exposure, self.data_url, self.manifest, device)
+
+    def with_alpha(self, alpha: str | float) -> tuple["Trained", float]:
+        """Itself with vectors that score with the adjustment, and the alpha that is used.
+
+        ``auto`` takes the run's calibration if it has one; ``none`` is 0; a number is used
+        with the train split's p.
+
+        Raises:
+            UserError: the calibration is of another checkpoint; ``alpha`` is none of these.
+        """
+        exposure, value = None, 0.0
+        if alpha == "auto":
+            if found := read_calibration(self.run_url, self.step):
+                exposure, value = found.exposure, found.alpha
+        elif alpha != "none":
+            value = _number(alpha)
+        vectors = adjusted(self.user_UD, self.item_ID, value, self.log_p(exposure))
+        return replace(self, user_UD=vectors[0], item_ID=vectors[1]), value
 
 
 def open_trained(run_url: str, data_url: str | None) -> Trained:
@@ -49,7 +87,49 @@ def open_trained(run_url: str, data_url: str | None) -> Trained:
     commit = _best(checkpoints.committed(), run_url)
     recommender = Recommender(config, manifest, graph, world)
     checkpoints.load(commit, {"tables": {"weights": recommender.tables.weights()}})
-    return Trained(config, data_url, manifest, graph, world, commit.step, *recommender.encode_all())
+    vectors = recommender.encode_all()
+    return Trained(config, data_url, manifest, graph, world, run_url, commit.step, *vectors)
+
+
+def calibrate(
+    model: Trained, split: str | None = None, metric: str | None = None,
+    exposure: str | None = None, alphas: Sequence[float] = (-0.5, 0.0, 0.5, 1.0, 1.5),
+) -> Calibration:  # fmt: skip
+    """Fit alpha on a validation split and write it into the run. Collective.
+
+    Raises:
+        UserError: no such split or metric; see :func:`cnsdiff_dist.adjustment.log_p_exposure`.
+    """
+    train = model.config.train
+    split, metric = split or train.select_split, metric or train.select_metric
+    evaluator = Evaluator(
+        model.data_url, model.manifest, model.graph, split, model.config.evaluation, model.world
+    )
+    log_p_I = model.log_p(exposure)
+
+    def evaluate(alpha: float) -> dict[str, float]:
+        vectors = adjusted(model.user_UD, model.item_ID, alpha, log_p_I)
+        metrics: dict[str, float] = evaluator(*vectors)["metrics"]
+        if metric not in metrics:
+            raise UserError(f"--metric {metric}: this run knows {', '.join(metrics)}")
+        return metrics
+
+    best, curve = fit_alpha(evaluate, metric, list(alphas))
+    found = Calibration(best, split, metric, model.step, exposure, curve)
+    if model.world.is_main:
+        write_calibration(model.run_url, found)
+    model.world.barrier()
+    return found
+
+
+def _number(text: str | float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"--alpha {text}: auto, none or a number")
+    return value
 
 
 def _best(commits: list[Commit], run_url: str) -> Commit:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cnsdiff_dist import losses
+from cnsdiff_dist.adjustment import adjusted, log_p_train
 from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.plan import EpochPlan, local_streams
@@ -72,6 +73,7 @@ class Trainer:
         self._evaluator = Evaluator(
             data.url, manifest, graph, config.train.select_split, config.evaluation, world
         )
+        self._log_p_I = log_p_train(graph, world.device)
         self.checkpoints = Checkpoints(config.run.dir, world)
         self.progress = Progress()
         self._meter = _Meter(world)
@@ -167,7 +169,7 @@ class Trainer:
         objective = self.config.objective
         positive_B = (latents.user_BD * latents.positive_BD).sum(1)
         logit_BN = negatives.logits(latents.user_BD, objective.similarity == "cosine")
-        hardness_B = (logit_BN.detach() > positive_B.detach()[:, None]).float().mean(1)
+        hardness_B = (logit_BN.detach() > positive_B.detach()[:, None]).mean(1, dtype=torch.float32)
         loss = losses.sampled_softmax if objective.kind == "softmax" else losses.bpr
         return loss(positive_B, logit_BN), hardness_B
 
@@ -213,7 +215,7 @@ class Trainer:
         return done * times // steps > (done - 1) * times // steps
 
     def _evaluate(self, epoch: int, reporter: Reporter | None) -> None:
-        result = self._evaluator(*self.recommender.encode_all())
+        result = self._best_adjusted()
         value = result["metrics"][self.config.train.select_metric]
         progress = self.progress
         better = value > progress.best
@@ -222,6 +224,14 @@ class Trainer:
         progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
         if reporter:
             reporter.evaluation(progress.step, epoch, result, better)
+
+    def _best_adjusted(self) -> dict[str, Any]:
+        """The validation's result under the alpha that serves it best."""
+        vectors, results = self.recommender.encode_all(), []
+        for alpha in self.config.evaluation.alphas:
+            result = self._evaluator(*adjusted(*vectors, alpha, self._log_p_I))
+            results.append({**result, "metrics": {**result["metrics"], "alpha": alpha}})
+        return max(results, key=lambda r: r["metrics"][self.config.train.select_metric])
 
     def _refuse_divergence(self, state: dict[str, Any]) -> None:
         """What is not finite is neither evaluated nor saved. Collective."""

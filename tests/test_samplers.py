@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -80,7 +81,10 @@ def test_uniform_candidates_are_absent_items(tiny_graph: GraphArrays) -> None:
 
 
 def _config(**sections: dict[str, object]) -> Config:
-    tree: dict[str, dict[str, object]] = {"model": {"dim": 8}, "generator": {"hidden": 64}}
+    tree: dict[str, dict[str, object]] = {
+        "model": {"dim": 8},
+        "generator": {"hidden": 64, "train_share": 1.0},
+    }
     for name, values in sections.items():
         tree.setdefault(name, {}).update(values)
     return Config.model_validate(tree)
@@ -205,7 +209,7 @@ def test_standard_latents_have_mean_zero_and_variance_one_over_valid_rows(world:
     latents = _latents()
     latents.weight[200:] = 0
     latents.positive_BD[200:] = 99.0  # pads must not count
-    standard = Standard(latents, world)
+    standard = Standard(latents, torch.arange(256), world)
     z = standard.item(latents.positive_BD[:200])
     assert z.mean(0).abs().max() < 1e-3
     assert torch.allclose(z.var(0, unbiased=False), torch.ones(8), atol=1e-2)
@@ -252,7 +256,7 @@ def test_the_chain_starts_from_the_noisiest_level(tiny_graph: GraphArrays, world
     latents, draws = _latents(), _draws()
     sampler.negatives(latents, _draws(), 0.5)
     draws.normal(8)  # of the training step
-    z0 = Standard(latents, world).item(latents.positive_BD)
+    z0 = Standard(latents, torch.arange(256), world).item(latents.positive_BD)
     t = torch.full((256,), 18 - 1)
     expected = q_sample(z0, t, draws.normal(8), make_schedule("cosine", 20))
     assert torch.allclose(seen[1], expected, atol=1e-5)  # seen[0] is the training step's
@@ -284,27 +288,27 @@ def test_known_positives_are_those_of_the_train_rows(tiny_graph: GraphArrays) ->
             assert got[row].tolist() == [i in _positives(tiny_graph, users[row]) for i in pool]
 
 
-def test_a_shared_pool_holds_the_groups_positives_and_what_was_made_of_them(
+def test_a_shared_pool_holds_the_groups_positives_and_what_was_made_of_some(
     tiny_graph: GraphArrays, world: World
 ) -> None:
     shared = {"share": "group"}
     sampler, _ = _with_known_network(
-        tiny_graph, world, negatives=shared, generator={"levels": (10, 14)}
+        tiny_graph, world, negatives=shared, generator={"levels": (10, 14), "train_share": 0.25}
     )
     latents = replace(_latents(), candidate_BMD=torch.empty(256, 0, 8))
     latents.weight[[3, 200]] = latents.batch.weight[[3, 200]] = 0
     made = sampler.negatives(latents, _draws(), 0.5)
     assert made.vector_BND.shape == (256, 0, 8) and made.pool is not None
-    assert made.pool.vector_GPD.shape == (2, 3 * 128, 8)
+    assert made.pool.vector_GPD.shape == (2, 128 + 2 * 32, 8)
     logits = made.logits(latents.user_BD, cosine=False)
-    mean = latents.positive_BD[latents.weight > 0].mean(0)  # what the known network generates
-    known = _positives(tiny_graph, 0)
+    some = [row for row in (*range(32), *range(128, 160)) if row != 3]
+    mean = latents.positive_BD[some].mean(0)  # what the known network generates
+    assert 0 in _positives(tiny_graph, 0)  # every user and positive of the batch is 0
     for row in (0, 127, 128, 255):
-        for column in range(384):
-            source = row // 128 * 128 + column % 128
-            vector = latents.positive_BD[source] if column < 128 else mean
-            out = latents.weight[source] == 0 or (column < 128 and 0 in known)
-            expected = -torch.inf if out else float(vector @ latents.user_BD[row])
+        for column in range(192):
+            source = row // 128 * 128 + (column - 128) % 32
+            out = column < 128 or source == 3
+            expected = -torch.inf if out else float(mean @ latents.user_BD[row]) + math.log(4)
             assert logits[row, column].item() == pytest.approx(expected, abs=1e-3)
 
 

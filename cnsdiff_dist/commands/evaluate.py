@@ -17,13 +17,17 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="rank every item for every user of a split",
         description="Full ranking of a run's best checkpoint (by validation) on a split. Train "
         "items are masked, and on a test split the validation items too. Prints a table and "
-        "writes RUN/evaluations/SPLIT.json.",
+        "writes RUN/evaluations/SPLIT.json, or SPLIT.adjusted.json with an alpha.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_url", metavar="RUN", help="run directory")
     parser.add_argument("--split", default="test_ood", help="default: %(default)s")
     parser.add_argument("--k", type=int, nargs="+", metavar="K", help="default: the run's")
+    parser.add_argument(
+        "--alpha", default="auto",
+        help="environment adjustment: auto (the run's calibration, if any), none or a number",
+    )  # fmt: skip
     parser.add_argument("--data", metavar="URL", help="the dataset, if it has moved")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     parser.set_defaults(run=run)
@@ -39,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--k {min(args.k)}: lists have at least 1 item")
     if args.split == "train":
         raise UserError("--split train: train items are masked; choose a test or validation split")
-    model = open_trained(args.run_url, args.data)
+    model, alpha = open_trained(args.run_url, args.data).with_alpha(args.alpha)
     evaluation = model.config.evaluation
     if args.k:
         evaluation = evaluation.model_copy(update={"k": tuple(sorted(set(args.k)))})
@@ -50,10 +54,12 @@ def run(args: argparse.Namespace) -> None:
         "run": storage.display(args.run_url),
         "step": model.step,
         "dataset": model.manifest.name,
+        "alpha": alpha,
         **evaluator(model.user_UD, model.item_ID),
     }
     if model.world.is_main:
-        path = f"{args.run_url}/evaluations/{args.split}.json"
+        name = f"{args.split}.adjusted" if alpha else args.split
+        path = f"{args.run_url}/evaluations/{name}.json"
         text = json.dumps(result, indent=2) + "\n"
         storage.write_text(path, text)
         if args.json:
@@ -68,7 +74,7 @@ def _print_table(result: dict[str, Any], ks: tuple[int, ...], path: str) -> None
     from rich.text import Text
 
     names = ["recall", "ndcg", "hit", "precision"]
-    title = f"{result['dataset']} {result['split']}, {result['users']} users, step {result['step']}"
+    title = f"{result['dataset']} {result['split']}, {result['users']} users, step {result['step']}, alpha {result['alpha']:g}"
     columns = (f"{name}@{k}" for k in ks for name in names)
     table = Table("items", "users", *columns, title=Text(title))
     rows = [("all", result["users"], result["metrics"])]

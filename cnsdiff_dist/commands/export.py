@@ -15,12 +15,16 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="write user and item embeddings as Parquet",
         description="Write the embeddings of a run's best checkpoint: URL/users/*.parquet and "
         "URL/items/*.parquet with columns id (raw) and embedding (float32 list). The score of a "
-        "pair is the dot product. URL/_SUCCESS is written last.",
+        "pair is the dot product; the environment adjustment is one more dimension. URL/_SUCCESS is written last.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_url", metavar="RUN", help="run directory")
     parser.add_argument("url", metavar="URL", help="directory to write, any fsspec URL")
+    parser.add_argument(
+        "--alpha", default="auto",
+        help="environment adjustment: auto (the run's calibration, if any), none or a number",
+    )  # fmt: skip
     parser.add_argument("--data", metavar="URL", help="the dataset, if it has moved")
     parser.set_defaults(run=run)
 
@@ -30,11 +34,11 @@ def run(args: argparse.Namespace) -> None:
     from cnsdiff_dist.outputs import write_embeddings
     from cnsdiff_dist.trained import open_trained
 
-    model = open_trained(args.run_url, args.data)
-    write_embeddings(model, args.url)
+    model, alpha = open_trained(args.run_url, args.data).with_alpha(args.alpha)
+    write_embeddings(model, args.url, alpha)
     if model.world.is_main:
         users, dim = model.user_UD.shape
         print(
             f"{users} user and {len(model.item_ID)} item embeddings of dimension {dim} "
-            f"written to {storage.display(args.url)}"
+            f"written to {storage.display(args.url)}, alpha {alpha:g}"
         )

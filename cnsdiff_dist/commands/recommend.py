@@ -23,6 +23,10 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("url", metavar="URL", help="directory to write, any fsspec URL")
     parser.add_argument("--k", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--users", metavar="FILE", help="raw user ids, one a line; default: all")
+    parser.add_argument(
+        "--alpha", default="auto",
+        help="environment adjustment: auto (the run's calibration, if any), none or a number",
+    )  # fmt: skip
     parser.add_argument("--data", metavar="URL", help="the dataset, if it has moved")
     parser.set_defaults(run=run)
 
@@ -35,8 +39,9 @@ def run(args: argparse.Namespace) -> None:
 
     if args.k < 1:
         raise UserError(f"--k {args.k}: lists have at least 1 item")
-    model = open_trained(args.run_url, args.data)
+    model, alpha = open_trained(args.run_url, args.data).with_alpha(args.alpha)
     users = listed_users(model, args.users)
     rows = write_recommendations(model, args.url, users, args.k)
     if model.world.is_main:
-        print(f"{rows} recommendations for {len(users)} users in {storage.display(args.url)}")
+        where = storage.display(args.url)
+        print(f"{rows} recommendations for {len(users)} users in {where}, alpha {alpha:g}")

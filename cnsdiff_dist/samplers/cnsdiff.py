@@ -4,6 +4,9 @@ Zhao et al., "Causal Negative Sampling via Diffusion Model for Out-of-Distributi
 Recommendation", arXiv 2508.07243; docs/method.md says what differs here and why.
 """
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -51,46 +54,51 @@ class CNSDiffSampler:
 
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
         """Negatives from one reverse chain per row, and the diffusion loss."""
-        made_LBD, terms, observed = self.generate(latents, draws)
-        hard_BD = hardest(made_LBD, latents.user_BD)
         if self._negatives.share == "group":
+            made = self.generate(latents, self._some(latents), draws)
             return Negatives(
-                latents.candidate_BMD, pool=self._pool(made_LBD, latents),
-                contrast=(hard_BD,), hard_BD=hard_BD, terms=terms, observed=observed,
+                latents.candidate_BMD, pool=self._pool(made.vector_LbD, latents),
+                hard_BD=made.vector_LbD[0], terms=made.terms, observed=made.observed,
             )  # fmt: skip
+        made = self.generate(latents, torch.arange(len(latents.weight)), draws)
+        hard_BD = hardest(made.vector_LbD, latents.user_BD)
         mix_B1 = draws.beta(*self._mix_at(progress))[:, None]
         random_BD = latents.candidate_BMD[:, 0]
         return Negatives(
-            (mix_B1 * hard_BD + (1 - mix_B1) * random_BD)[:, None],
-            contrast=(hard_BD, random_BD), hard_BD=hard_BD, terms=terms, observed=observed,
+            (mix_B1 * hard_BD + (1 - mix_B1) * random_BD)[:, None], hard_BD=hard_BD,
+            contrast=(hard_BD, random_BD), terms=made.terms, observed=made.observed,
         )  # fmt: skip
 
-    def generate(
-        self, latents: Latents, draws: Draws
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Vectors [levels, B, D] without gradient, the diffusion loss, and its error."""
-        positive_BD = latents.positive_BD
-        standard = Standard(latents, self._world)
+    def generate(self, latents: Latents, rows: Tensor, draws: Draws) -> "Generated":
+        """Learn from a share of the rows, and generate for ``rows``, one vector per level."""
+        positive_BD, some = latents.positive_BD, self._some(latents)
+        standard = Standard(latents, some, self._world)
         z0_BD = standard.item(positive_BD.detach() if self._config.detach else positive_BD)
         user_BD = standard.user(latents.user_BD.detach())
-        diffusion_B, error_B = self._learn(z0_BD, user_BD, latents, draws)
+        diffusion_B, error_B = self._learn(z0_BD, user_BD, some, latents, draws)
         with torch.no_grad():
             noise_BD = draws.normal(z0_BD.shape[1])
-            made_LBD = standard.raw_item(self._chain(z0_BD, user_BD, latents.environment, noise_BD))
-        return (
-            made_LBD,
+            made_LbD = self._chain(
+                z0_BD[rows], user_BD[rows], latents.environment[rows], noise_BD[rows]
+            )
+        return Generated(
+            standard.raw_item(made_LbD),
             {"diffusion": self._loss.diffusion * diffusion_B},
             {"denoising_error": error_B},
         )
 
+    def _some(self, latents: Latents) -> Tensor:
+        """The first ``train_share`` of each group's rows: rows come shuffled, so any will do."""
+        rows = torch.arange(len(latents.weight), device=latents.weight.device)
+        rows = rows.view(latents.groups, -1)
+        return rows[:, : max(1, round(rows.shape[1] * self._config.train_share))].flatten()
+
     def _learn(
-        self, z0_BD: Tensor, user_BD: Tensor, latents: Latents, draws: Draws
+        self, z0_BD: Tensor, user_BD: Tensor, some: Tensor, latents: Latents, draws: Draws
     ) -> tuple[Tensor, Tensor]:
-        """The diffusion loss [B] on the first ``train_share`` of each group's rows (any rows
-        are random ones), scaled so that its mean is unbiased, and the denoising error [B]."""
+        """The diffusion loss and the denoising error [B] of ``some`` rows, scaled so that
+        their means are unbiased; 0 elsewhere."""
         t_B, noise_BD = draws.integers(self._config.steps), draws.normal(z0_BD.shape[1])
-        rows = torch.arange(len(z0_BD), device=z0_BD.device).view(latents.groups, -1)
-        some = rows[:, : max(1, round(rows.shape[1] * self._config.train_share))].flatten()
         loss_b, error_b = losses.diffusion(
             self._denoise(user_BD[some], latents.environment[some]), z0_BD[some], t_B[some],
             noise_BD[some], self._schedule, self._config.snr_clip, self._loss.causal,
@@ -98,8 +106,9 @@ class CNSDiffSampler:
         scale = len(z0_BD) / len(some)
         zero_B = torch.zeros_like(z0_BD[:, 0])
         return (
-            zero_B.index_copy(0, some, loss_b * scale), zero_B.index_copy(0, some, error_b * scale)
-        )  # fmt: skip
+            zero_B.index_copy(0, some, loss_b * scale),
+            zero_B.index_copy(0, some, error_b * scale),
+        )
 
     def _denoise(self, user_BD: Tensor, environment_B: Tensor) -> Denoise:
         network = self.network
@@ -115,21 +124,36 @@ class CNSDiffSampler:
         zt_BD = q_sample(z0_BD, t_B, noise_BD, self._schedule)
         return reverse_levels(self._denoise(user_BD, environment_B), zt_BD, levels, self._schedule)
 
-    def _pool(self, made_LBD: Tensor, latents: Latents) -> Pool:
-        """The group's positives and what was generated from them, [groups, (1 + levels) G, D]."""
-        vectors = [latents.positive_BD, *made_LBD]
-        pads_BG = (latents.weight == 0).view(latents.groups, 1, -1)
-        pads_BG = pads_BG.expand(-1, pads_BG.shape[2], -1).flatten(0, 1)
-        made_BG = torch.zeros(pads_BG.shape, device=pads_BG.device)
-        made_BG = made_BG.masked_fill(pads_BG, -torch.inf)
+    def _pool(self, made_LbD: Tensor, latents: Latents) -> Pool:
+        """The group's positives and what was generated from some of them.
+
+        [groups, G + levels x b / groups, D]. A generated vector stands for as many as there
+        are rows for each that was generated from: the log of that is its offset.
+        """
+        groups = latents.groups
+        parts = [latents.positive_BD, *made_LbD]
+        weight_GB = latents.weight.view(groups, -1)
+        made_GB = weight_GB[:, : made_LbD.shape[1] // groups]
+        share = weight_GB.shape[1] / made_GB.shape[1]
+        offset_GB = torch.full_like(made_GB, math.log(share)).masked_fill(made_GB == 0, -torch.inf)
+        offset_BP = offset_GB.repeat(1, len(made_LbD)).repeat_interleave(weight_GB.shape[1], 0)
         return Pool(
-            torch.cat([rows.unflatten(0, (latents.groups, -1)) for rows in vectors], dim=1),
-            torch.cat([batch_offsets(self._known, latents), *[made_BG] * len(made_LBD)], dim=1),
+            torch.cat([rows.unflatten(0, (groups, -1)) for rows in parts], dim=1),
+            torch.cat([batch_offsets(self._known, latents), offset_BP], dim=1),
         )
 
     def _mix_at(self, progress: float) -> tuple[float, float]:
         (a0, b0), (a1, b1) = self._negatives.mix_start, self._negatives.mix_end
         return a0 + progress * (a1 - a0), b0 + progress * (b1 - b0)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """``vector_LbD``: one vector per level and row asked for, on the latents' scale."""
+
+    vector_LbD: Tensor
+    terms: dict[str, Tensor]
+    observed: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -141,19 +165,20 @@ def hardest(candidates_LBD: Tensor, user_BD: Tensor) -> Tensor:
 
 
 class Standard:
-    """Per-dimension mean and standard deviation of the global batch's positives and users.
+    """Per-dimension mean and standard deviation of positives and users, over ``rows`` of
+    every rank.
 
     The generator works on latents of mean 0 and variance 1, whatever the tables' scale is;
     that is what makes a noise schedule and a learning rate mean the same on every dataset.
     """
 
-    def __init__(self, latents: Latents, world: World) -> None:
+    def __init__(self, latents: Latents, rows: Tensor, world: World) -> None:
         with torch.no_grad():
             # float64: the variance is a small difference of large sums.
-            weight_B1 = latents.weight[:, None].double()
-            rows = torch.cat([latents.positive_BD, latents.user_BD], dim=1).double()
-            sums = torch.stack([(weight_B1 * rows).sum(0), (weight_B1 * rows * rows).sum(0)])
-            count = weight_B1.sum().expand(2, 1)
+            weight_b = latents.weight[rows].double()
+            both = torch.cat([latents.positive_BD[rows], latents.user_BD[rows]], dim=1).double()
+            sums = torch.stack([weight_b @ both, weight_b @ both.square()])
+            count = weight_b.sum().expand(2, 1)
             total = world.sum(torch.cat([sums, count], dim=1))
             mean, square = total[:, :-1] / total[:, -1:]
             std = (square - mean * mean).clamp(min=1e-12).sqrt()

@@ -33,9 +33,11 @@ class DMNSSampler(CNSDiffSampler):
         return np.empty((len(batch.users), 0), np.int64)
 
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
-        made_LBD, terms, observed = self.generate(latents, draws)
-        level = torch.arange(len(made_LBD), device=made_LBD.device)
+        rows = torch.arange(len(latents.weight), device=latents.weight.device)
+        made = self.generate(latents, rows, draws)
+        level = torch.arange(len(made.vector_LbD), device=rows.device)
         return Negatives(
-            made_LBD.transpose(0, 1), offset_BN=-level.float().expand(made_LBD.shape[1], -1),
-            hard_BD=hardest(made_LBD, latents.user_BD), terms=terms, observed=observed,
+            made.vector_LbD.transpose(0, 1), offset_BN=-level.float().expand(len(rows), -1),
+            hard_BD=hardest(made.vector_LbD, latents.user_BD), terms=made.terms,
+            observed=made.observed,
         )  # fmt: skip

@@ -30,7 +30,7 @@ class PopularitySampler(UniformSampler):
             drawn = np.searchsorted(self._cumulative, draw, side="right")
             fresh = open_ & ~interacted(self._graph, users, drawn)
             items, open_ = np.where(fresh, drawn, items), open_ & ~fresh
-        return items.reshape(-1, self._count)
+        return items.reshape(len(batch.users), self._count)
 
 
 def interacted(

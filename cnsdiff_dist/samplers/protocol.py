@@ -79,9 +79,10 @@ class Negatives:
         if self.pool is None:
             return own_BN
         pool_GPD = unit(self.pool.vector_GPD, dim=-1)
-        grouped = user_BD.unflatten(0, (len(pool_GPD), -1))
-        pool_BP = torch.bmm(grouped, pool_GPD.transpose(1, 2)).flatten(0, 1)
-        return torch.cat([own_BN, pool_BP + self.pool.offset_BP], dim=1)
+        groups = (len(pool_GPD), -1)
+        offset, user = self.pool.offset_BP.unflatten(0, groups), user_BD.unflatten(0, groups)
+        pool_BP = torch.baddbmm(offset, user, pool_GPD.transpose(1, 2)).flatten(0, 1)
+        return torch.cat([own_BN, pool_BP], dim=1) if own_BN.shape[1] else pool_BP
 
 
 def _same(rows: Tensor, dim: int) -> Tensor:

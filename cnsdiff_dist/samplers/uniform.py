@@ -21,7 +21,9 @@ class UniformSampler:
     def candidates(self, batch: Batch, draws: Draws) -> npt.NDArray[np.int64]:
         uniform = draws.uniform(self._count).ravel()
         users, items = (np.repeat(ids, self._count) for ids in (batch.users, batch.items))
-        return non_interacted(self._graph, users, items, uniform).reshape(-1, self._count)
+        return non_interacted(self._graph, users, items, uniform).reshape(
+            len(batch.users), self._count
+        )
 
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
         item_BN = torch.from_numpy(latents.candidates).to(latents.user_BD.device)

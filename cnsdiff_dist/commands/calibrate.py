@@ -1,0 +1,55 @@
+"""``cnsdiff calibrate``: how much of the environment to put back at scoring."""
+
+import argparse
+
+_EPILOG = """\
+examples:
+  cnsdiff calibrate runs/demo --split valid_ood
+  cnsdiff calibrate runs/demo --exposure s3://bucket/last-week.parquet
+Then evaluate, export and recommend use it; --alpha none leaves it out.
+"""
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="fit how much popularity counts at scoring",
+        description="Score s(u, i) + alpha log p(i): fit alpha on a validation split, in seconds "
+        "and without training, and write RUN/calibration.json.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_url", metavar="RUN", help="run directory")
+    parser.add_argument("--split", help="validation split; default: the one that selects")
+    parser.add_argument("--metric", help="default: the one that selects")
+    parser.add_argument(
+        "--exposure", metavar="FILE",
+        help="Parquet or CSV of item (raw id) and weight; default: train degrees",
+    )  # fmt: skip
+    parser.add_argument(
+        "--alphas", type=float, nargs="+", metavar="A", default=[-0.5, 0.0, 0.5, 1.0, 1.5],
+        help="where the search begins; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument("--data", metavar="URL", help="the dataset, if it has moved")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from cnsdiff_dist import storage
+    from cnsdiff_dist.errors import UserError
+    from cnsdiff_dist.trained import calibrate, open_trained
+
+    if args.split and not args.split.startswith("valid"):
+        raise UserError(f"--split {args.split}: calibrate on a validation split, never on a test")
+    if args.exposure:
+        storage.refuse_secrets(args.exposure)
+    model = open_trained(args.run_url, args.data)
+    calibration = calibrate(model, args.split, args.metric, args.exposure, args.alphas)
+    if model.world.is_main:
+        for point in calibration.curve:
+            value = point["metrics"][calibration.metric]
+            mark = "  (best)" if point["alpha"] == calibration.alpha else ""
+            print(f"alpha {point['alpha']:7.3f}  {calibration.metric} {value:.4f}{mark}")
+        print(
+            f"fitted on {calibration.split}; written to {storage.display(args.run_url)}/calibration.json"
+        )
