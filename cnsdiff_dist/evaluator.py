@@ -16,7 +16,7 @@ from cnsdiff_dist.data.dataset import read_split
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.errors import UserError
-from cnsdiff_dist.metrics import Interactions, RankingSums, top_k
+from cnsdiff_dist.metrics import METRICS, Interactions, RankingSums, top_k
 from cnsdiff_dist.world import World
 
 Ids = npt.NDArray[np.int64]
@@ -57,6 +57,12 @@ class Evaluator:
             ``users``, ``masked``, ``metrics`` and one entry per environment, least popular
             first, in ``environments``.
         """
+        return self.detailed(user_UD, item_ID)[0]
+
+    def detailed(
+        self, user_UD: Tensor, item_ID: Tensor
+    ) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+        """The same, and of this rank's users the columns ``user`` (row) and every metric."""
         environment = self._manifest.environment_of(self._degree)
         count = self._manifest.environments
         sums = RankingSums(self._config.k, count, environment, self._degree)
@@ -66,9 +72,13 @@ class Evaluator:
         )  # fmt: skip
         for users, _, items in ranked:
             sums.add(items, *self._relevant.of(users))
+        values = np.concatenate([np.empty((0, len(sums.ks), len(METRICS))), *sums.per_user])
+        columns: dict[str, npt.NDArray[Any]] = {"user": self._users}
+        for index, k in enumerate(sums.ks):
+            columns |= {f"{name}@{k}": values[:, index, m] for m, name in enumerate(METRICS)}
         sums.load(self._world.sum(sums.to_tensor().to(user_UD.device)))
         edges = [0, *self._manifest.environment_edges, None]
-        return {
+        result = {
             "split": self.split,
             "masked": self.masked,
             "users": int(sums.users[0]),
@@ -83,6 +93,7 @@ class Evaluator:
                 for e, entry in enumerate(sums.by_environment())
             ],
         }
+        return result, columns
 
 
 def masked_splits(manifest: Manifest, split: str) -> list[str]:

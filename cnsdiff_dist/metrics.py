@@ -84,11 +84,13 @@ class RankingSums:
         environment: npt.NDArray[np.int64],
         degree: npt.NDArray[np.int64],
     ) -> None:
-        self._ks, self._environment, self._degree = ks, environment, degree
+        self.ks, self._environment, self._degree = ks, environment, degree
         # Slot 0 is all items together, slot 1 + e is environment e.
         self.users = np.zeros(1 + environments)
         self.sums = np.zeros((1 + environments, len(ks), len(METRICS)))
         self.recommended = np.zeros((len(ks), len(degree)))
+        # This rank's users, a chunk at a time: [users, ks, METRICS].
+        self.per_user: list[npt.NDArray[np.float64]] = []
 
     def add(
         self,
@@ -109,9 +111,9 @@ class RankingSums:
         place = np.minimum(np.searchsorted(keys, ranked_keys), max(len(keys) - 1, 0))
         hit_BK = keys[place] == ranked_keys if len(keys) else np.zeros(ranked_BK.shape, bool)
         counted = np.bincount(relevant_row, minlength=users) > 0
-        for index, k in enumerate(self._ks):
+        for index, k in enumerate(self.ks):
             self.recommended[index] += np.bincount(ranked_BK[counted, :k].ravel(), minlength=items)
-        self._add_slot(0, hit_BK, relevant_row)
+        self.per_user.append(self._add_slot(0, hit_BK, relevant_row))
         for e in range(len(self.users) - 1):
             inside = self._environment[relevant_item] == e
             hit_in_e = hit_BK & (self._environment[ranked_BK] == e)
@@ -119,22 +121,22 @@ class RankingSums:
 
     def _add_slot(
         self, slot: int, hit_BK: npt.NDArray[np.bool_], relevant_row: npt.NDArray[np.int64]
-    ) -> None:
+    ) -> npt.NDArray[np.float64]:
+        """Add the users that have something relevant; their values [users, ks, METRICS]."""
         relevant_B = np.bincount(relevant_row, minlength=len(hit_BK))
         has = relevant_B > 0
         hit, relevant = hit_BK[has], relevant_B[has]
         self.users[slot] += has.sum()
-        discount = 1 / np.log2(np.arange(2, max(self._ks) + 2))
+        discount = 1 / np.log2(np.arange(2, max(self.ks) + 2))
         ideal = np.concatenate([[0.0], np.cumsum(discount)])
-        for index, k in enumerate(self._ks):
+        values = np.empty((len(hit), len(self.ks), len(METRICS)))
+        for index, k in enumerate(self.ks):
             found = hit[:, :k].sum(1)
             gain = hit[:, :k] @ discount[: min(k, hit.shape[1])]
-            self.sums[slot, index] += [
-                (found / relevant).sum(),
-                (gain / ideal[np.minimum(relevant, k)]).sum(),
-                (found > 0).sum(),
-                found.sum() / k,
-            ]
+            ndcg = gain / ideal[np.minimum(relevant, k)]
+            values[:, index] = np.stack([found / relevant, ndcg, found > 0, found / k], axis=1)
+        self.sums[slot] += values.sum(0)
+        return values
 
     def to_tensor(self) -> Tensor:
         """Everything in one float64 vector, to be summed over ranks."""
@@ -154,7 +156,7 @@ class RankingSums:
         recommended to anyone), ``popularity@20`` (mean train degree of what is recommended).
         """
         out = self._means(0)
-        for index, k in enumerate(self._ks):
+        for index, k in enumerate(self.ks):
             count = self.recommended[index]
             out[f"coverage@{k}"] = float((count > 0).mean())
             out[f"popularity@{k}"] = float(count @ self._degree / max(count.sum(), 1))
@@ -171,6 +173,6 @@ class RankingSums:
         mean = self.sums[slot] / max(self.users[slot], 1)
         return {
             f"{name}@{k}": float(mean[index, column])
-            for index, k in enumerate(self._ks)
+            for index, k in enumerate(self.ks)
             for column, name in enumerate(METRICS)
         }

@@ -50,6 +50,5 @@ def run(args: argparse.Namespace) -> None:
             value = point["metrics"][calibration.metric]
             mark = "  (best)" if point["alpha"] == calibration.alpha else ""
             print(f"alpha {point['alpha']:7.3f}  {calibration.metric} {value:.4f}{mark}")
-        print(
-            f"fitted on {calibration.split}; written to {storage.display(args.run_url)}/calibration.json"
-        )
+        where = storage.display(args.run_url)
+        print(f"fitted on {calibration.split}; written to {where}/calibration.json")

@@ -74,7 +74,8 @@ def _print_table(result: dict[str, Any], ks: tuple[int, ...], path: str) -> None
     from rich.text import Text
 
     names = ["recall", "ndcg", "hit", "precision"]
-    title = f"{result['dataset']} {result['split']}, {result['users']} users, step {result['step']}, alpha {result['alpha']:g}"
+    title = f"{result['dataset']} {result['split']}, {result['users']} users, step {result['step']}"
+    title += f", alpha {result['alpha']:g}"
     columns = (f"{name}@{k}" for k in ks for name in names)
     table = Table("items", "users", *columns, title=Text(title))
     rows = [("all", result["users"], result["metrics"])]

@@ -15,7 +15,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="write user and item embeddings as Parquet",
         description="Write the embeddings of a run's best checkpoint: URL/users/*.parquet and "
         "URL/items/*.parquet with columns id (raw) and embedding (float32 list). The score of a "
-        "pair is the dot product; the environment adjustment is one more dimension. URL/_SUCCESS is written last.",
+        "pair is the dot product; the environment adjustment is one more dimension. "
+        "URL/_SUCCESS is written last.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
