@@ -66,7 +66,7 @@ def compare_steps(
     trainer = Trainer(config, manifest, graph, world)
     rows = np.split(graph.user_items, graph.user_indptr[1:-1])
     published = PublishedStep([set(r.tolist()) for r in rows], manifest.users, manifest.items)
-    batches = [b for b in trainer._stream.batches(0) if len(b.users) == config.train.batch]
+    batches = [b for b in trainer.stream.batches(0) if len(b.users) == config.train.batch]
     for batch in batches[:3]:
         trainer.step(batch)
         published.step(batch.users, batch.items)
@@ -103,9 +103,9 @@ def time_parts(trainer: Trainer, batches: list[Any]) -> dict[str, float]:
 
         setattr(owner, method, call)
 
-    timed(trainer._sampler, "candidates", "candidates")
+    timed(trainer.sampler, "candidates", "candidates")
     timed(trainer.recommender, "encode", "encode")
-    timed(trainer._sampler, "negatives", "negatives")
+    timed(trainer.sampler, "negatives", "negatives")
     timed(trainer.dense, "backward", "backward")
     timed(trainer.dense, "step", "engine step")
     whole = [_seconds(partial(trainer.step, batch)) for batch in batches]

@@ -10,10 +10,19 @@ import sys
 import textwrap
 import warnings
 
-from cnsdiff_dist.commands import calibrate, evaluate, export, prepare, recommend, train
+from cnsdiff_dist.commands import (
+    calibrate,
+    compare,
+    evaluate,
+    export,
+    prepare,
+    recommend,
+    report,
+    train,
+)
 from cnsdiff_dist.errors import UserError
 
-_COMMANDS = (prepare, train, evaluate, calibrate, export, recommend)
+_COMMANDS = (prepare, train, evaluate, calibrate, export, recommend, report, compare)
 
 _EPILOG = """\
 a whole job:

@@ -84,7 +84,7 @@ def open_trained(run_url: str, data_url: str | None) -> Trained:
     world = join_world(config.run.timeout_seconds)
     graph = open_graph(data_url, manifest)
     checkpoints = Checkpoints(run_url, world)
-    commit = _best(checkpoints.committed(), run_url)
+    commit = best_commit(checkpoints.committed(), run_url)
     recommender = Recommender(config, manifest, graph, world)
     checkpoints.load(commit, {"tables": {"weights": recommender.tables.weights()}})
     vectors = recommender.encode_all()
@@ -132,7 +132,7 @@ def _number(text: str | float) -> float:
     return value
 
 
-def _best(commits: list[Commit], run_url: str) -> Commit:
+def best_commit(commits: list[Commit], run_url: str) -> Commit:
     """The best checkpoint by validation, as the newest one knows it."""
     where = storage.display(run_url)
     if not commits:

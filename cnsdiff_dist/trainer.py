@@ -64,12 +64,12 @@ class Trainer:
             manifest.train.rows, config.train.batch, data.streams, data.block_rows, config.run.seed
         )
         streams = local_streams(data.streams, world.rank, world.size)
-        self._stream = TrainStream(data.url, manifest, self._plan, streams, data.prefetch_blocks)
+        self.stream = TrainStream(data.url, manifest, self._plan, streams, data.prefetch_blocks)
         self.recommender = Recommender(config, manifest, graph, world)
-        self._sampler = make_sampler(config, graph, manifest.environments, world)
+        self.sampler = make_sampler(config, graph, manifest.environments, world)
         rows = config.train.batch // world.size
-        self.dense = DenseEngine(self._sampler.network, config.generator, rows)
-        self._sampler.network = self.dense.network
+        self.dense = DenseEngine(self.sampler.network, config.generator, rows)
+        self.sampler.network = self.dense.network
         self._evaluator = Evaluator(
             data.url, manifest, graph, config.train.select_split, config.evaluation, world
         )
@@ -92,11 +92,15 @@ class Trainer:
         commits = self.checkpoints.committed()
         if not commits:
             return None
-        state = self.state()
-        self.checkpoints.load(commits[-1], state)
-        self.dense.load_state(state["dense"])
-        self.progress = Progress(**commits[-1].record["progress"])
+        self.load(commits[-1])
         return commits[-1]
+
+    def load(self, commit: Commit) -> None:
+        """Become what was saved. Collective."""
+        state = self.state()
+        self.checkpoints.load(commit, state)
+        self.dense.load_state(state["dense"])
+        self.progress = Progress(**commit.record["progress"])
 
     def state(self) -> dict[str, Any]:
         """The checkpoint tree: table shards (live) and the dense part (a copy)."""
@@ -106,7 +110,7 @@ class Trainer:
         """Train until finished; ``reporter`` is rank 0's."""
         while not self.finished:
             epoch, first = divmod(self.progress.step, self._plan.steps)
-            for batch in self._stream.batches(epoch, first):
+            for batch in self.stream.batches(epoch, first):
                 self._meter.add(self.step(batch))
                 self.progress.step += 1
                 if reporter:
@@ -125,9 +129,7 @@ class Trainer:
         self._set_learning_rates()
         key = (config.run.seed, batch.epoch, batch.step)
         draws = Draws(key, batch.streams, batch.width, device)
-        candidates = self._sampler.candidates(batch, draws)
-        latents, l2_B = self._encode(batch, candidates)
-        negatives = self._sampler.negatives(latents, draws, self.progress.step / self.total_steps)
+        latents, negatives, l2_B = self.draw_negatives(batch, draws)
         ranking_B, hardness_B = self._rank(latents, negatives)
         terms = {config.objective.kind: ranking_B, "l2": config.loss.l2 * l2_B, **negatives.terms}
         if config.loss.contrastive:
@@ -141,6 +143,12 @@ class Trainer:
         for name, value_B in (terms | {"hardness": hardness_B} | negatives.observed).items():
             observed[name] = value_B.detach() @ share_B
         return observed
+
+    def draw_negatives(self, batch: Batch, draws: Draws) -> tuple[Latents, Negatives, Tensor]:
+        """A batch encoded, its negatives, and the L2 of its table rows [B]. Collective."""
+        latents, l2_B = self._encode(batch, self.sampler.candidates(batch, draws))
+        progress = self.progress.step / self.total_steps
+        return latents, self.sampler.negatives(latents, draws, progress), l2_B
 
     def _encode(self, batch: Batch, candidates: np.ndarray) -> tuple[Latents, Tensor]:
         """Look up and encode users, positives and candidates in one go."""

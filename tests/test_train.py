@@ -358,7 +358,7 @@ def test_bpr_alone_reaches_the_rows_of_its_batch(
     )  # fmt: skip
     trainer = _trainer(config, world)
     before = {name: gather(t, world) for name, t in trainer.recommender.tables.weights().items()}
-    batch = next(iter(trainer._stream.batches(0)))
+    batch = next(iter(trainer.stream.batches(0)))
     trainer.step(batch)
     after = {name: gather(t, world) for name, t in trainer.recommender.tables.weights().items()}
     moved = {name: (after[name] != before[name]).any(1) for name in before}
@@ -374,7 +374,7 @@ def test_warm_up_raises_both_learning_rates_linearly(
     seen: dict[str, list[float]] = {"tables": [], "dense": []}
     monkeypatch.setattr(trainer.recommender.tables, "scale_lr", seen["tables"].append)
     monkeypatch.setattr(trainer.dense, "scale_lr", seen["dense"].append)
-    for batch in trainer._stream.batches(0):
+    for batch in trainer.stream.batches(0):
         trainer.step(batch)
         trainer.progress.step += 1
     assert seen["tables"] == seen["dense"] == [0.25, 0.5, 0.75, 1.0, 1.0]
@@ -400,18 +400,18 @@ def test_a_step_minimises_the_written_out_objective(
     config = small_config(dataset, tmp_path, loss={"l2": 0.7, "contrastive": 0.2, "diffusion": 3.0})
     trainer = _trainer(config, world)
     whole = {name: gather(t, world) for name, t in trainer.recommender.tables.weights().items()}
-    *_, batch = trainer._stream.batches(0)  # the last one: it has pads
+    *_, batch = trainer.stream.batches(0)  # the last one: it has pads
     assert batch.valid_rows < len(batch.users)
     seen: dict[str, Any] = {}
-    make = trainer._sampler.negatives
+    make = trainer.sampler.negatives
 
     def negatives(latents: Any, draws: Any, progress: float) -> Any:
         seen["latents"], seen["made"] = latents, make(latents, draws, progress)
         return seen["made"]
 
-    trainer._sampler.negatives = negatives  # type: ignore[method-assign]
+    trainer.sampler.negatives = negatives  # type: ignore[method-assign]
     draws = Draws((config.run.seed, 0, batch.step), batch.streams, batch.width, world.device)
-    candidates = trainer._sampler.candidates(batch, draws)[:, 0]
+    candidates = trainer.sampler.candidates(batch, draws)[:, 0]
     got = {name: float(value) for name, value in trainer.step(batch).items()}
     latents, made = seen["latents"], seen["made"]
     rows = [whole["user"][batch.users], whole["item"][batch.items], whole["item"][candidates]]
@@ -431,7 +431,7 @@ def test_the_environment_is_the_positives_popularity_bucket(
     dataset: str, tmp_path: Path, world: World
 ) -> None:
     trainer = _trainer(small_config(dataset, tmp_path), world)
-    batch = next(iter(trainer._stream.batches(0)))
+    batch = next(iter(trainer.stream.batches(0)))
     latents, _ = trainer._encode(batch, np.roll(batch.items, 1)[:, None])
     table = pq.read_table(f"{dataset}/ids/items").sort_by("row")
     expected = table["environment"].to_numpy()[batch.items]
@@ -520,7 +520,7 @@ def test_a_step_draws_by_epoch_and_step_and_knows_its_progress(
     trainer = _trainer(config, world)
     keys: list[tuple[int, int, int]] = []
     progress: list[float] = []
-    make = trainer._sampler.negatives
+    make = trainer.sampler.negatives
 
     def negatives(latents: Any, draws: Any, at: float) -> Any:
         progress.append(at)
@@ -530,7 +530,7 @@ def test_a_step_draws_by_epoch_and_step_and_knows_its_progress(
         keys.append(key)
         return Draws(key, *rest)
 
-    trainer._sampler.negatives = negatives  # type: ignore[method-assign]
+    trainer.sampler.negatives = negatives  # type: ignore[method-assign]
     monkeypatch.setattr("cnsdiff_dist.trainer.Draws", draws)
     trainer.fit(None)
     steps = trainer._plan.steps
@@ -578,7 +578,7 @@ def test_the_contrastive_noise_is_relative_to_the_length_of_the_positive(
         return anchor.sum(1)
 
     monkeypatch.setattr("cnsdiff_dist.losses.info_nce", info_nce)
-    trainer.step(next(iter(trainer._stream.batches(0))))
+    trainer.step(next(iter(trainer.stream.batches(0))))
     assert seen[0].mean().item() == pytest.approx(0.1, rel=0.1)
 
 
@@ -588,7 +588,7 @@ def test_cosine_vectors_score_by_their_angle_over_the_temperature(
 ) -> None:
     objective = {"kind": kind, "similarity": "cosine", "temperature": 0.2}
     trainer = _trainer(small_config(dataset, tmp_path, objective=objective), world)
-    trainer.step(next(iter(trainer._stream.batches(0))))
+    trainer.step(next(iter(trainer.stream.batches(0))))
     user_UD, item_ID = trainer.recommender.encode_all()
     assert torch.allclose(user_UD.norm(dim=1), torch.full((len(user_UD),), 5.0))
     assert torch.allclose(item_ID.norm(dim=1), torch.ones(len(item_ID)))

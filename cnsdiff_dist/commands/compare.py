@@ -1,0 +1,80 @@
+"""``cnsdiff compare``: several methods on several datasets, under one budget."""
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from cnsdiff_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from cnsdiff_dist.comparison.suite import Job
+
+_EPILOG = """\
+examples:
+  cnsdiff compare configs/suites/smoke.yaml --processes 2
+  cnsdiff compare configs/suites/smoke.yaml --out runs/other
+
+Every method tries the same number of trials on the first seed; the best by validation, never
+by a test, is run on the other seeds. The same command again does what is left.
+"""
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "compare",
+        help="compare methods over datasets and seeds",
+        description="Train and evaluate every run of a suite, several side by side, and write "
+        "OUT/runs.parquet, OUT/table.md and OUT/report.html. A run that fails is recorded, and "
+        "the others go on.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("suite", metavar="SUITE", help="YAML file; see configs/suites/")
+    parser.add_argument("--out", metavar="URL", help="default: the suite's, or runs/NAME")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="runs side by side; default: 1"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from cnsdiff_dist import storage
+    from cnsdiff_dist.comparison.driver import Driver, Reporting
+    from cnsdiff_dist.comparison.report import write_report
+    from cnsdiff_dist.comparison.suite import load_suite
+    from cnsdiff_dist.data.dataset import load_manifest
+
+    if args.processes < 1:
+        raise UserError(f"--processes {args.processes}: at least 1")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("compare starts its own processes; run it without torchrun")
+    suite = load_suite(args.suite, args.out)
+    storage.refuse_secrets(suite.out)
+    for name, entry in suite.datasets.items():
+        storage.refuse_secrets(entry.url)
+        splits = load_manifest(entry.url).splits
+        if entry.select not in splits:
+            raise UserError(
+                f"{args.suite}: datasets.{name}.select: {entry.select} is none of its splits "
+                f"({', '.join(splits)})"
+            )
+    with Reporting() as reporting:
+        driver = Driver(suite, reporting, diagnoses=True)
+        reporting.begin(driver.total)
+        driver.run(work, args.processes)
+    print(write_report(suite), end="")
+    print(f"written to {storage.display(suite.out)}")
+    if driver.failures:
+        where, reason = next(iter(driver.failures.items()))
+        raise UserError(f"{len(driver.failures)} runs failed, first {where}: {reason}")
+
+
+def work(job: "Job") -> None:
+    """One job, in a worker."""
+    from cnsdiff_dist.commands.train import train
+    from cnsdiff_dist.comparison.running import complete, study
+
+    if job.task == "diagnose":
+        study(job.url, job.config.data.url)
+    else:
+        complete(job, train)

@@ -1,0 +1,129 @@
+"""A self-contained HTML page: tables, and figures as inline SVG; nothing is fetched."""
+
+import html
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""Label -> x and y."""
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; max-width: 1080px;
+       margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.6em; } h2 { margin-top: 2.2em; border-bottom: 1px solid #d5dce3; }
+h3 { margin-bottom: .3em; }
+table { border-collapse: collapse; margin: .8em 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .25em .7em; text-align: right; border-bottom: 1px solid #e6ebf0; }
+th { background: #f4f7fa; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+tr.ours td { background: #fff4e3; font-weight: 600; } tr.rival td { background: #eef5ff; }
+.figures { display: flex; flex-wrap: wrap; gap: 1em; } .wide { overflow-x: auto; }
+figure { margin: 0; } figcaption { color: #5b6b7b; font-size: .9em; max-width: 500px; }
+svg { max-width: 100%; height: auto; }
+"""
+OURS, RIVAL, OTHERS = "#d9730d", "#2563eb", "#9aa7b4"
+_OTHERS = ("#6b7f8f", "#4c9f70", "#a66fb5", "#b5a642", "#5ba4b5", "#c26d6d", "#7a7ac2", "#8a8a8a")
+
+
+class Page:
+    """Collects blocks, in order; ``marks`` says which labels are ours and the best rival's."""
+
+    def __init__(self, title: str, marks: Mapping[str, str] | None = None) -> None:
+        self._title, self._marks = title, dict(marks or {})
+        self._blocks: list[str] = []
+
+    def heading(self, text: str, level: int = 2) -> None:
+        self._blocks.append(f"<h{level}>{html.escape(text)}</h{level}>")
+
+    def text(self, text: str) -> None:
+        self._blocks.append(f"<p>{html.escape(text)}</p>")
+
+    def mark(self, marks: Mapping[str, str]) -> None:
+        self._marks = dict(marks)
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        lines = ["<div class=wide><table><tr>"]
+        lines += [f"<th>{html.escape(cell)}</th>" for cell in header]
+        for row in rows:
+            kind = self._marks.get(row[0], "")
+            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+            lines.append(f'</tr>\n<tr class="{kind}">{cells}')
+        self._blocks.append("".join(lines) + "</tr></table></div>")
+
+    def figures(self, *pairs: tuple[str, str]) -> None:
+        """Captions and SVGs, side by side where there is room; an empty SVG is left out."""
+        parts = [
+            f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
+            for caption, svg in pairs
+            if svg
+        ]
+        self._blocks.append(f'<div class="figures">{"".join(parts)}</div>')
+
+    def curves(self, series: Series, x: str, y: str, dots: bool = False) -> str:
+        if not any(len(xs) for xs, _ in series.values()):
+            return ""
+        figure, axes = _axes(x, y)
+        for index, (label, (xs, ys)) in enumerate(series.items()):
+            kind = self._marks.get(label, "")
+            axes.plot(
+                xs, ys, color=self._colour(label, index), label=label,
+                marker="o" if dots else None, markersize=3.5,
+                linewidth=2.4 if kind else 1.1, zorder=3 if kind else 2,
+            )  # fmt: skip
+        axes.legend(fontsize=7, ncols=1 + len(series) // 9, frameon=False)
+        return _svg(figure)
+
+    def bars(self, groups: Sequence[str], series: Mapping[str, Sequence[float]], y: str) -> str:
+        """For each group one bar per series."""
+        if not groups or not series:
+            return ""
+        figure, axes = _axes("", y)
+        width = 0.8 / len(series)
+        for index, (label, values) in enumerate(series.items()):
+            places = [g + (index - (len(series) - 1) / 2) * width for g in range(len(groups))]
+            axes.bar(places, values, width, label=label, color=self._colour(label, index))
+        turned = max(map(len, groups)) > 9
+        axes.set_xticks(range(len(groups)), groups, rotation=60 if turned else 0,
+                        ha="right" if turned else "center", fontsize=8)  # fmt: skip
+        if len(series) > 1:
+            axes.legend(fontsize=8, frameon=False)
+        return _svg(figure)
+
+    def _colour(self, label: str, index: int) -> str:
+        kind = self._marks.get(label)
+        return {"ours": OURS, "rival": RIVAL}.get(kind or "", _OTHERS[index % len(_OTHERS)])
+
+    def html(self) -> str:
+        title = html.escape(self._title)
+        return (
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+            f"<style>{_STYLE}</style></head>\n<body><h1>{title}</h1>\n"
+            + "\n".join(self._blocks)
+            + "\n</body></html>\n"
+        )
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(5.2, 3.6))
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color="#e6ebf0", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    """Only the element: its XML header names a DTD, which a page must not fetch."""
+    out = io.StringIO()
+    figure.tight_layout()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    text = out.getvalue()
+    return text[text.index("<svg") :]
