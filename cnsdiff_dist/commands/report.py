@@ -13,20 +13,29 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = subparsers.add_parser(
         "report",
         help="write the report of a run or a comparison",
-        description="Write the report of a comparison, from what is finished of it, or of one "
-        "run. The page is one file and needs no network.",
+        description="Write the report of a comparison, from what is finished of it; or diagnose "
+        "one run's best checkpoint (what its negatives are, the health of its generator, how much "
+        "of the score is popularity) and write RUN/report.html, one file that needs no network.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("url", metavar="RUN_OR_OUT", help="run directory, or a suite's output")
+    parser.add_argument("--data", metavar="URL", help="a run's dataset, if it has moved")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     from cnsdiff_dist import storage
-    from cnsdiff_dist.comparison.report import write_report
+    from cnsdiff_dist.comparison.report import write_report, write_run_report
+    from cnsdiff_dist.comparison.running import study
     from cnsdiff_dist.comparison.suite import load_suite
+    from cnsdiff_dist.world import join_world
 
-    suite = load_suite(f"{args.url}/suite.yaml", args.url)
-    write_report(suite)
-    print(f"written to {storage.display(args.url)}")
+    if storage.exists(f"{args.url}/suite.yaml"):
+        write_report(load_suite(f"{args.url}/suite.yaml", args.url))
+        print(f"written to {storage.display(args.url)}")
+        return
+    study(args.url, args.data)
+    if join_world(60).is_main:
+        write_run_report(args.url)
+        print(f"written to {storage.display(args.url)}/report.html")

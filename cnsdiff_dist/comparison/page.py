@@ -47,6 +47,10 @@ class Page:
     def mark(self, marks: Mapping[str, str]) -> None:
         self._marks = dict(marks)
 
+    def marked(self) -> list[str]:
+        """The labels that stand out, ours first."""
+        return list(self._marks)
+
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         lines = ["<div class=wide><table><tr>"]
         lines += [f"<th>{html.escape(cell)}</th>" for cell in header]

@@ -198,6 +198,28 @@ def _ratios(
     return found
 
 
+def significance(
+    ours: list[Run], other: list[Run], split: str, adjustment: str, metric: str
+) -> float:
+    """p of the mean difference over users, each user's value a mean over seeds; 1 if unknown."""
+    sides = [_user_values(runs, split, adjustment, metric) for runs in (ours, other)]
+    if len(sides[0]) != len(sides[1]) or not len(sides[0]):
+        return 1.0
+    return paired_bootstrap(sides[0] - sides[1])
+
+
+def _user_values(runs: list[Run], split: str, adjustment: str, metric: str) -> Floats:
+    """[users], in the order of their rows; empty where a run lacks its file."""
+    columns = []
+    for run in runs:
+        path = f"{run.url}/evaluations/{split}.{adjustment}.users.parquet"
+        if not storage.exists(path):
+            return np.empty(0)
+        with storage.open_read(path) as file:
+            columns.append(pq.read_table(file, columns=[metric])[metric].to_numpy())
+    return np.mean(columns, axis=0) if columns else np.empty(0)
+
+
 def paired_bootstrap(difference_U: Floats, draws: int = 2000, seed: int = 0) -> float:
     """The two-sided p-value of a mean difference, by resampling users with replacement.
 
