@@ -77,7 +77,8 @@ def average_table(suite: Suite, runs: list[Run]) -> Table:
                     means = [statistics.mean(values) for values in found if values]
                     complete = len(means) == len(suite.datasets)
                     cells.append(f"{statistics.mean(means):.4f}" if complete else "")
-            body.append(cells)
+            if any(cells[2:]):
+                body.append(cells)
         known = [v for name in suite.datasets if (v := verdict(suite, runs, name, adjustment))]
         if known:
             gain = statistics.mean(v.gain for v in known)
