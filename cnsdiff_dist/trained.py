@@ -33,7 +33,8 @@ from cnsdiff_dist.world import World, join_world
 
 @dataclass(frozen=True)
 class Trained:
-    """``user_UD`` and ``item_ID`` are the encoder's outputs at ``step``, whole on each rank."""
+    """``user_UD`` and ``item_ID`` are whole on each rank, their dot product the score at
+    ``step``; ``alpha`` is the adjustment under which validation selected it."""
 
     config: Config
     data_url: str
@@ -42,6 +43,7 @@ class Trained:
     world: World
     run_url: str
     step: int
+    alpha: float
     user_UD: Tensor
     item_ID: Tensor
 
@@ -55,13 +57,13 @@ class Trained:
     def with_alpha(self, alpha: str | float) -> tuple["Trained", float]:
         """Itself with vectors that score with the adjustment, and the alpha that is used.
 
-        ``auto`` takes the run's calibration if it has one; ``none`` is 0; a number is used
-        with the train split's p.
+        ``auto`` takes the run's calibration if it has one, else the alpha that validation
+        selected in training; ``none`` is 0; that and a number go with the train split's p.
 
         Raises:
             UserError: the calibration is of another checkpoint; ``alpha`` is none of these.
         """
-        exposure, value = None, 0.0
+        exposure, value = None, 0.0 if alpha == "none" else self.alpha
         if alpha == "auto":
             if found := read_calibration(self.run_url, self.step):
                 exposure, value = found.exposure, found.alpha
@@ -84,11 +86,13 @@ def open_trained(run_url: str, data_url: str | None) -> Trained:
     world = join_world(config.run.timeout_seconds)
     graph = open_graph(data_url, manifest)
     checkpoints = Checkpoints(run_url, world)
-    commit = best_commit(checkpoints.committed(), run_url)
+    commits = checkpoints.committed()
+    commit = best_commit(commits, run_url)
     recommender = Recommender(config, manifest, graph, world)
     checkpoints.load(commit, {"tables": {"weights": recommender.tables.weights()}})
+    alpha = float(commits[-1].record["progress"].get("best_alpha", 0.0))
     vectors = recommender.encode_all()
-    return Trained(config, data_url, manifest, graph, world, run_url, commit.step, *vectors)
+    return Trained(config, data_url, manifest, graph, world, run_url, commit.step, alpha, *vectors)
 
 
 def calibrate(

@@ -38,6 +38,7 @@ class Progress:
     step: int = 0
     best: float = -math.inf
     best_step: int = 0
+    best_alpha: float = 0.0
     evaluations_since_best: int = 0
 
 
@@ -229,6 +230,7 @@ class Trainer:
         better = value > progress.best
         if better:
             progress.best, progress.best_step = value, progress.step
+            progress.best_alpha = result["metrics"]["alpha"]
         progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
         if reporter:
             reporter.evaluation(progress.step, epoch, result, better)

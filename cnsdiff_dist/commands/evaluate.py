@@ -26,7 +26,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--k", type=int, nargs="+", metavar="K", help="default: the run's")
     parser.add_argument(
         "--alpha", default="auto",
-        help="environment adjustment: auto (the run's calibration, if any), none or a number",
+        help="environment adjustment: auto (the run's calibration, else what training selected), "
+        "none or a number",
     )  # fmt: skip
     parser.add_argument("--data", metavar="URL", help="the dataset, if it has moved")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")

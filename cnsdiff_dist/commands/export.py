@@ -24,7 +24,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("url", metavar="URL", help="directory to write, any fsspec URL")
     parser.add_argument(
         "--alpha", default="auto",
-        help="environment adjustment: auto (the run's calibration, if any), none or a number",
+        help="environment adjustment: auto (the run's calibration, else what training selected), "
+        "none or a number",
     )  # fmt: skip
     parser.add_argument("--data", metavar="URL", help="the dataset, if it has moved")
     parser.set_defaults(run=run)

@@ -25,7 +25,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--users", metavar="FILE", help="raw user ids, one a line; default: all")
     parser.add_argument(
         "--alpha", default="auto",
-        help="environment adjustment: auto (the run's calibration, if any), none or a number",
+        help="environment adjustment: auto (the run's calibration, else what training selected), "
+        "none or a number",
     )  # fmt: skip
     parser.add_argument("--data", metavar="URL", help="the dataset, if it has moved")
     parser.set_defaults(run=run)

@@ -20,7 +20,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; max-width: 1320px;
 h1 { font-size: 1.6em; } h2 { margin-top: 2.2em; border-bottom: 1px solid #d5dce3; }
 h3 { margin-bottom: .3em; }
 table { border-collapse: collapse; margin: .8em 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25em .6em; text-align: right; white-space: nowrap; font-size: 13px; border-bottom: 1px solid #e6ebf0; }
+th, td { padding: .25em .6em; text-align: right; white-space: nowrap;
+         font-size: 13px; border-bottom: 1px solid #e6ebf0; }
 th { background: #f4f7fa; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 tr.ours td { background: #fff4e3; font-weight: 600; } tr.rival td { background: #eef5ff; }
 .figures { display: flex; flex-wrap: wrap; gap: 1em; } .wide { overflow-x: auto; }
