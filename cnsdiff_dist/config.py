@@ -81,7 +81,7 @@ class Negatives(Section):
     def _beta_is_positive(self) -> Self:
         if min(*self.mix_start, *self.mix_end) <= 0:
             raise ValueError("mix_start and mix_end are the parameters of a Beta: both above 0")
-        if self.top > self.candidates:
+        if self.kind == "dns_mn" and self.top > self.candidates:
             raise ValueError(f"top ({self.top}) of {self.candidates} candidates: at most all")
         return self
 

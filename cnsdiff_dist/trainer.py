@@ -188,7 +188,8 @@ class Trainer:
         with torch.no_grad():
             length_B1 = positive_BD.norm(dim=1, keepdim=True) / positive_BD.shape[1] ** 0.5
             noise_BD = loss.positive_noise * length_B1 * draws.normal(positive_BD.shape[1])
-        others = negatives.contrast or (negatives.vector_BND[:, 0],)
+        own_BND = negatives.vector_BND
+        others = negatives.contrast or ((own_BND[:, 0],) if own_BND.shape[1] else (positive_BD,))
         return loss.contrastive * losses.info_nce(
             positive_BD, positive_BD + noise_BD, list(others), latents.weight, latents.groups,
             loss.temperature,

@@ -118,7 +118,7 @@ def test_calibration_is_used_by_evaluate_export_and_recommend(
 
     assert main(["evaluate", run, "--split", "test_ood", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["alpha"] == alpha
-    assert Path(f"{run}/evaluations/test_ood.adjusted.json").exists()
+    assert Path(f"{run}/evaluations/test_ood.json").exists()
     assert main(["export", run, str(tmp_path / "e")]) == 0
     assert main(["recommend", run, str(tmp_path / "r"), "--k", "3"]) == 0
     side = {name: pq.read_table(tmp_path / "e" / name).to_pydict() for name in ("users", "items")}

@@ -157,7 +157,7 @@ def test_softmax_draws_by_the_exponential_of_the_score(graph: GraphArrays, world
 
 def test_mixgcf_picks_the_hardest_mixture(graph: GraphArrays, world: World) -> None:
     latents, made, draws = _made(graph, world, kind="mixgcf")
-    share = torch.from_numpy(draws.uniform(M * DIM)).float().view(ROWS, M, DIM)
+    share = torch.from_numpy(draws.uniform(M)).float()
     for row in range(ROWS):
         mixtures = [
             share[row, c] * latents.positive_BD[row]
@@ -176,27 +176,53 @@ def test_ahns_comes_closest_to_the_wanted_score(graph: GraphArrays, world: World
         assert gap[_picked(made, latents, row)] == pytest.approx(min(gap), abs=1e-6)
 
 
-def test_srns_adds_the_deviation_that_its_stream_has_seen(graph: GraphArrays, world: World) -> None:
-    sampler = make_sampler(_config(kind="srns", hardness=3.0), graph, 1, world)
-    memory = {(stream, item): (0.5, 0.25) for stream in range(STREAMS) for item in range(20)}
-    for step in range(4):
-        latents = _latents(sampler, _draws(step))
-        made = sampler.negatives(latents, _draws(step), 0.5)
-        seen: dict[tuple[int, int], list[float]] = {}
-        for row in range(ROWS):
-            values = []
-            for column, item in enumerate(latents.candidates[row].tolist()):
-                likely = _sigmoid(_score(latents, row, column))
-                mean, square = memory[row // WIDTH, item]
-                values.append(likely + 3.0 * math.sqrt(max(square - mean**2, 0)))
-                seen.setdefault((row // WIDTH, item), []).append(likely)
-            assert values[_picked(made, latents, row)] == pytest.approx(max(values), abs=1e-3)
-        for key, found in seen.items():
-            mean, square = memory[key]
-            memory[key] = (
-                0.9 * mean + 0.1 * sum(found) / len(found),
-                0.9 * square + 0.1 * sum(p**2 for p in found) / len(found),
-            )
+def test_srns_adds_the_deviation_over_subspaces(graph: GraphArrays, world: World) -> None:
+    latents, made, draws = _made(graph, world, kind="srns", hardness=3.0)
+    kept = draws.uniform(5 * DIM).reshape(ROWS, 5, DIM) < 0.5
+    user, positive = latents.user_BD.numpy(), latents.positive_BD.numpy()
+    for row in range(ROWS):
+        values = []
+        for c in range(M):
+            apart = latents.candidate_BMD[row, c].numpy() - positive[row]
+            likely = _sigmoid(float(user[row] @ apart))
+            parts = [
+                _sigmoid(2 * sum(float(user[row, d] * apart[d]) for d in range(DIM) if mask[d]))
+                for mask in kept[row]
+            ]
+            values.append(likely + 3.0 * float(np.std(parts)))
+        assert values[_picked(made, latents, row)] == pytest.approx(max(values), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_sampler_goes_on_as_if_never_stopped(
+    graph: GraphArrays, world: World, kind: str
+) -> None:
+    """Checkpoints hold tables and network: a sampler may remember nothing else of its steps."""
+    old, resumed = (make_sampler(_config(kind=kind), graph, 1, world) for _ in range(2))
+    for step in range(3):
+        draws = _draws(step)
+        old.negatives(_latents(old, draws), draws, step / 4)
+    logits = []
+    for sampler in (old, resumed):
+        draws = _draws(3)
+        latents = _latents(sampler, draws)
+        made = sampler.negatives(latents, draws, 0.75)
+        logits.append(made.logits(latents.user_BD, cosine=False))
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_negative_that_is_an_item_carries_gradient_to_it(
+    graph: GraphArrays, world: World, kind: str
+) -> None:
+    sampler, draws = make_sampler(_config(kind=kind), graph, 1, world), _draws()
+    latents = _latents(sampler, draws)
+    if not latents.candidates.shape[1]:
+        pytest.skip("looks up no candidates")
+    latents.candidate_BMD.requires_grad_()
+    made = sampler.negatives(latents, draws, 0.5)
+    (gradient,) = torch.autograd.grad(made.vector_BND.sum(), latents.candidate_BMD)
+    assert (gradient.abs().sum((1, 2)) > 0).all()
 
 
 def test_dens_gates_are_trained_and_choose(graph: GraphArrays, world: World) -> None:
@@ -204,13 +230,12 @@ def test_dens_gates_are_trained_and_choose(graph: GraphArrays, world: World) -> 
     assert isinstance(sampler, DENSSampler) and sampler.network is not None
     latents = _latents(sampler, _draws())
     made = sampler.negatives(latents, _draws(), 0.25)
-    gate, gates = sampler.network(latents.user_BD, latents.positive_BD, latents.candidate_BMD)
+    _, gates = sampler.network(latents.user_BD, latents.positive_BD, latents.candidate_BMD)
     for row in range(ROWS):
         values = []
         for c in range(M):
             candidate = latents.candidate_BMD[row, c]
-            alike = (latents.positive_BD[row] * (1 - gate[row])) @ (candidate * (1 - gates[row, c]))
-            score = latents.user_BD[row] @ (candidate * gates[row, c]) + 0.75 * alike
+            score = latents.user_BD[row] @ (0.75 * candidate - candidate * gates[row, c])
             values.append(score.item())
         assert values[_picked(made, latents, row)] == pytest.approx(max(values), abs=1e-5)
     gradients = torch.autograd.grad(made.terms["gates"].sum(), list(sampler.network.parameters()))
@@ -299,7 +324,7 @@ def _train(dataset: str, run: str, kinds: list[str]) -> dict[str, list[float]]:
         config = small_config(
             dataset, f"{run}/{kind}", negatives={"kind": kind},
             objective={"kind": "softmax" if pooled else "bpr"},
-            generator={"hidden": 32, "levels": (10, 20)}, train={"epochs": 1, "log_every": 1},
+            generator={"hidden": 32, "levels": (10, 20)}, train={"epochs": 2, "log_every": 1},
         )  # fmt: skip
         train(config)
         lines = Path(f"{run}/{kind}/metrics.jsonl").read_text().splitlines()

@@ -81,10 +81,12 @@ def test_uniform_candidates_are_absent_items(tiny_graph: GraphArrays) -> None:
 
 
 def _config(**sections: dict[str, object]) -> Config:
-    tree: dict[str, dict[str, object]] = {
-        "model": {"dim": 8},
-        "generator": {"hidden": 64, "train_share": 1.0},
-    }
+    """The paper's form: a row sees its own negative only."""
+    tree: dict[str, dict[str, object]] = {"model": {"dim": 8}, "negatives": {"share": "row"}}
+    tree["generator"] = {
+        "hidden": 64, "train_share": 1.0, "levels": (10, 14, 18),
+        "condition": ("user", "environment"),
+    }  # fmt: skip
     for name, values in sections.items():
         tree.setdefault(name, {}).update(values)
     return Config.model_validate(tree)

@@ -66,7 +66,7 @@ def test_a_run_leaves_its_record(trained: Path, dataset: str) -> None:
     losses = [line["loss"] for line in _lines(trained, "train")]
     assert losses[-1] < losses[0]
     assert all(line["samples_per_second"] > 0 for line in _lines(trained, "train"))
-    assert {"bpr", "l2", "diffusion", "contrastive", "denoising_error"} <= set(
+    assert {"softmax", "l2", "diffusion", "hardness", "denoising_error"} <= set(
         _lines(trained, "train")[0]
     )
     assert len(_lines(trained, "valid_iid")) == 2
@@ -397,7 +397,11 @@ def test_a_step_minimises_the_written_out_objective(
     dataset: str, tmp_path: Path, world: World
 ) -> None:
     """Every weight reaches its term: the loss is their sum, and L2 is that of the raw rows."""
-    config = small_config(dataset, tmp_path, loss={"l2": 0.7, "contrastive": 0.2, "diffusion": 3.0})
+    config = small_config(
+        dataset, tmp_path, loss={"l2": 0.7, "contrastive": 0.2, "diffusion": 3.0},
+        objective={"kind": "bpr", "similarity": "dot", "temperature": 1.0},
+        negatives={"share": "row"},
+    )  # fmt: skip
     trainer = _trainer(config, world)
     whole = {name: gather(t, world) for name, t in trainer.recommender.tables.weights().items()}
     *_, batch = trainer.stream.batches(0)  # the last one: it has pads

@@ -17,7 +17,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="rank every item for every user of a split",
         description="Full ranking of a run's best checkpoint (by validation) on a split. Train "
         "items are masked, and on a test split the validation items too. Prints a table and "
-        "writes RUN/evaluations/SPLIT.json, or SPLIT.adjusted.json with an alpha.",
+        "writes RUN/evaluations/SPLIT.json.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -59,8 +59,7 @@ def run(args: argparse.Namespace) -> None:
         **evaluator(model.user_UD, model.item_ID),
     }
     if model.world.is_main:
-        name = f"{args.split}.adjusted" if alpha else args.split
-        path = f"{args.run_url}/evaluations/{name}.json"
+        path = f"{args.run_url}/evaluations/{args.split}.json"
         text = json.dumps(result, indent=2) + "\n"
         storage.write_text(path, text)
         if args.json:

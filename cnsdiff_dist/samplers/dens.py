@@ -1,12 +1,14 @@
-"""Disentangled negative sampling: hard in the factors that matter to the positive, else alike.
+"""Disentangled negative sampling: alike in what does not matter, unlike in what does.
 
 Lai et al., "Disentangled Negative Sampling for Collaborative Filtering", WSDM 2023. A gate
 splits each item vector into a relevant and an irrelevant part: positive, g_i = sigmoid(W h_i +
 U h_u), relevant h_i g_i; candidate, g_j = sigmoid(V h_j + Z (h_i g_i)). The negative is the
-candidate with the greatest  s(u, relevant part) + w * (likeness of the irrelevant parts), w
-falling over the training: contrast first in what is irrelevant, then in what is relevant. A
-contrastive term trains the gates: the relevant part of the positive must score above its
-irrelevant part, and for the negative the reverse.
+candidate with the greatest s(u, w h_j - h_j g_j): at w = 1 that is the score of its irrelevant
+part, at w = 0 the lowest score of its relevant part. Here w = 1 - progress; the paper's w is 0
+after a number of warm-up epochs. A contrastive term trains the gates: the relevant part of the
+positive must score above its irrelevant part, and for the negative the reverse. Left out: gates
+per propagation layer (only the pooled output is seen), contrasts between the two items, and the
+term's gradient into the embeddings, so that it trains the gates alone.
 """
 
 from dataclasses import replace
@@ -53,11 +55,8 @@ class DENSSampler(UniformSampler):
         )
         gate_BD, gate_BMD = self.network(user_BD, positive_BD, candidate_BMD)
         with torch.no_grad():
-            relevant_BM = torch.einsum("bd,bmd->bm", user_BD, candidate_BMD * gate_BMD)
-            apart_BM = torch.einsum(
-                "bd,bmd->bm", positive_BD * (1 - gate_BD), candidate_BMD * (1 - gate_BMD)
-            )
-            column_B = (relevant_BM + (1 - progress) * apart_BM).argmax(1)
+            wanted_BMD = candidate_BMD * (1 - progress - gate_BMD)
+            column_B = torch.einsum("bd,bmd->bm", user_BD, wanted_BMD).argmax(1)
         made = chosen(latents, column_B)
         rows = torch.arange(len(column_B), device=column_B.device)
         negative_BD, own_BD = candidate_BMD[rows, column_B], gate_BMD[rows, column_B]

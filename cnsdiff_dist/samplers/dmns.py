@@ -3,8 +3,10 @@
 Nguyen & Fang, "Diffusion-based Negative Sampling on Graphs for Link Prediction", WWW 2024: a
 diffusion model learns p(h_positive | h_query); samples at several time steps of the reverse
 chain are negatives of several levels of hardness, noisier being easier. The query is the user; the
-levels are ``generator.levels``; every level is a negative of its row, the clean ones weighted
-less as in the paper (here log weights -1, -2, .. from the noisiest on, as logit offsets).
+levels are ``generator.levels``; every level is a negative of its row, weighted by level: here
+log weights 0, -1, -2, .. from the noisiest on, as logit offsets, where the paper weights terms of
+its loss. The denoiser and its loss are CNSDiff's, not the paper's, and a level is the latent
+predicted there, not the noised one; the chain starts from the noised positive, not from noise.
 """
 
 import numpy as np

@@ -42,10 +42,8 @@ class InBatchSampler(UniformSampler):
             )
             offset_BN = -self._log_expected(latents.candidates, width, offset_BG)
         pool_GPD = latents.positive_BD.unflatten(0, (latents.groups, -1))
-        return Negatives(
-            own.vector_BND, own.item_BN, offset_BN, Pool(pool_GPD, offset_BG, item_GP),
-            contrast=(latents.positive_BD.roll(1, 0),) if not self._count else (),
-        )  # fmt: skip
+        pool = Pool(pool_GPD, offset_BG, item_GP)
+        return Negatives(own.vector_BND, own.item_BN, offset_BN, pool)
 
     def _log_expected(self, items: npt.NDArray[np.int64], width: int, like: Tensor) -> Tensor:
         """log of how often each item is expected among a row's negatives."""

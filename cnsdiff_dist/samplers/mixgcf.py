@@ -1,9 +1,9 @@
 """MixGCF: the positive is mixed into every candidate, then the hardest mixture is the negative.
 
 Huang et al., "MixGCF: An Improved Training Method for Graph Neural Network-based Recommender
-Systems", KDD 2021: h'_j = a h_i + (1 - a) h_j with a ~ U(0, 1) per candidate and dimension,
-hardest by s(u, h'_j). The paper mixes and picks per propagation layer and pools the picks (hop
-mixing); samplers here see the encoder's pooled output, so both steps happen once, on that.
+Systems", KDD 2021: h'_j = a_j h_i + (1 - a_j) h_j with a scalar a_j ~ U(0, 1) per candidate,
+hardest by s(u, h'_j). Left out: hop mixing. The paper mixes and picks per propagation layer and
+pools the picks; samplers here see the encoder's pooled output, so both happen once, on that.
 """
 
 import torch
@@ -15,12 +15,9 @@ from cnsdiff_dist.samplers.uniform import UniformSampler
 
 class MixGCFSampler(UniformSampler):
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
-        rows, per_row, dim = latents.candidate_BMD.shape
-        share = torch.from_numpy(draws.uniform(per_row * dim)).to(latents.candidate_BMD)
-        share_BMD = share.view(rows, per_row, dim)
-        mixed_BMD = share_BMD * latents.positive_BD[:, None] + (1 - share_BMD) * (
-            latents.candidate_BMD
-        )
+        rows, per_row, _ = latents.candidate_BMD.shape
+        share_BM1 = torch.from_numpy(draws.uniform(per_row)).to(latents.candidate_BMD)[:, :, None]
+        mixed_BMD = latents.candidate_BMD.lerp(latents.positive_BD[:, None], share_BM1)
         with torch.no_grad():
             column_B = torch.einsum("bd,bmd->bm", latents.user_BD, mixed_BMD).argmax(1)
         hard_BD = mixed_BMD[torch.arange(rows, device=column_B.device), column_B]

@@ -52,7 +52,8 @@ class Negatives:
     ``vector_BND`` carries gradient where it comes from the tables; N may be 0 beside a pool.
     ``offset_BN`` is added to the logits: minus the log of how often the sampler draws them.
     ``item_BN`` are their item rows, None for synthetic vectors. ``contrast`` are [B, D] rows
-    the contrastive term pushes the positive from; the first own negative if empty.
+    the contrastive term pushes the positive from; if empty, the first own negative or, without
+    one, the group's positives.
     ``hard_BD`` is the synthesised part of a row's negatives, for diagnostics. ``terms`` are
     further losses per row [B], already weighted; ``observed`` values per row [B] worth
     logging, without gradient.
