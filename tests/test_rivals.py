@@ -330,6 +330,7 @@ def _train(dataset: str, run: str, kinds: list[str]) -> dict[str, list[float]]:
         config = small_config(
             dataset, f"{run}/{kind}", negatives={"kind": kind},
             objective={"kind": "softmax" if pooled else "bpr"},
+            loss={"contrastive": 0.1 if pooled else 0.0},
             generator={"hidden": 32, "levels": (10, 20)}, train={"epochs": 2, "log_every": 1},
         )  # fmt: skip
         train(config)

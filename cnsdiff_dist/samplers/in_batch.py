@@ -1,11 +1,15 @@
 """In-batch negatives: the other positives of the group, drawn by popularity as they come.
 
 Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations",
-RecSys 2019: with ``log_q`` the logit of j loses log q(j), q(j) = degree(j) / edges being how often
-j is somebody's positive; without it the softmax learns log p(j|u) / p(j), popularity taken out.
+RecSys 2019: with ``log_q`` the logit of j loses log(G q(j)), q(j) = degree(j) / edges being how
+often j is somebody's positive; without it the softmax learns log p(j|u) / p(j), popularity taken
+out. The paper takes log q(j) from the positive's logit too, which a sampler cannot; the G of the
+pool's size makes up for it: the sum over the pool then estimates that over the catalogue.
 Mixed: Yang et al., "Mixed Negative Sampling for Learning Two-tower Neural Networks in
 Recommendations", WWW 2020: uniform negatives join the pool; with ``log_q`` each loses the log of
-the expected number of times that it occurs in the whole of a row's negatives.
+the expected number of times that it occurs in the whole of a row's negatives, from either source.
+
+Shapes: G rows of a group, the pool's size.
 """
 
 import numpy as np
