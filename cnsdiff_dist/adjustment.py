@@ -119,8 +119,7 @@ def fit_alpha(
 
 
 def write_calibration(run_url: str, calibration: Calibration) -> None:
-    text = json.dumps(asdict(calibration), indent=2) + "\n"
-    storage.write_text(f"{run_url}/{_FILE}", text)
+    storage.write_json(f"{run_url}/{_FILE}", asdict(calibration))
 
 
 def read_calibration(run_url: str, step: int) -> Calibration | None:

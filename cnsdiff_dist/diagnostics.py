@@ -20,6 +20,7 @@ from cnsdiff_dist.data.dataset import load_manifest, read_ids, read_split
 from cnsdiff_dist.data.graph import GraphArrays, open_graph
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.draws import Draws
+from cnsdiff_dist.evaluator import train_interactions
 from cnsdiff_dist.metrics import Interactions
 from cnsdiff_dist.rundir import read_config
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
@@ -67,7 +68,7 @@ def diagnose(run_url: str, data_url: str | None = None, steps: int = 8) -> dict[
     with torch.no_grad():
         result = _Probe(config, manifest, graph, trainer).run(steps)
     if world.is_main:
-        storage.write_text(f"{run_url}/{FILE}", json.dumps(result, indent=2) + "\n")
+        storage.write_json(f"{run_url}/{FILE}", result)
     world.barrier()
     return result
 
@@ -165,7 +166,7 @@ class _Probe:
     def _nearest(self, users: Ids, vector_BD: Tensor) -> Ids:
         """The nearest item that is no train item of the user, by cosine, in chunks."""
         items_DI = functional.normalize(self._item_ID, dim=1).t()
-        train = Interactions(self._graph.user_indptr, self._graph.user_items)
+        train = train_interactions(self._graph)
         found = []
         for start in range(0, len(users), 256):
             cosine = vector_BD[start : start + 256] @ items_DI
@@ -175,11 +176,9 @@ class _Probe:
         return np.concatenate(found)
 
     def _is_held_out(self, users: Ids, items: Ids) -> Tensor:
-        keys, has = self._held_out
-        wanted = users * self._manifest.items + items
-        place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        hit = torch.from_numpy((keys[place] == wanted).astype(np.float64))
-        return hit.masked_fill(~torch.from_numpy(has[users]), torch.nan)
+        hit = torch.from_numpy(self._held_out.contain(users, items)).double()
+        has = self._held_out.indptr[users] < self._held_out.indptr[users + 1]
+        return hit.masked_fill(~torch.from_numpy(has), torch.nan)
 
     def _generator(self, latents: Latents, negatives: Negatives, draws: Draws) -> dict[str, Tensor]:
         """Generate again from the same rows with fresh noise."""
@@ -206,13 +205,11 @@ class _Probe:
         return float((score @ degree).square().mean())
 
 
-def _held_out(url: str, manifest: Manifest) -> tuple[Ids, npt.NDArray[np.bool_]]:
-    """Sorted keys user x I + item of all validation and test pairs, and who has any."""
+def _held_out(url: str, manifest: Manifest) -> Interactions:
+    """All validation and test pairs."""
     pairs = [read_split(url, manifest, name) for name in manifest.splits if name != "train"]
-    keys = np.unique(np.concatenate([users * manifest.items + items for users, items in pairs]))
-    has = np.zeros(manifest.users, bool)
-    has[keys // manifest.items] = True
-    return keys, has
+    users, items = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    return Interactions.from_pairs(users, items, (manifest.users, manifest.items))
 
 
 class _Truth:

@@ -36,10 +36,24 @@ class Interactions:
         self, users: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The pairs of some users: positions in ``users`` and items, both int64 [pairs]."""
-        starts, counts = self.indptr[users], np.diff(self.indptr)[users]
+        starts = np.asarray(self.indptr[users])
+        counts = np.asarray(self.indptr[users + 1]) - starts
         row = np.repeat(np.arange(len(users)), counts)
         offset = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
         return row, np.asarray(self.items[starts[row] + offset], np.int64)
+
+    def contain(
+        self, users: npt.NDArray[np.int64], items: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        """Whether each (user, item) is a pair of the split, by bisection, bool [B]."""
+        low = np.asarray(self.indptr[users])
+        high = end = np.asarray(self.indptr[users + 1])
+        last = max(len(self.items) - 1, 0)
+        for _ in range(int((high - low).max(initial=0)).bit_length()):
+            open_, middle = low < high, (low + high) // 2
+            before = open_ & (self.items[np.minimum(middle, last)] < items)
+            low, high = np.where(before, middle + 1, low), np.where(open_ & ~before, middle, high)
+        return (low < end) & (self.items[np.minimum(low, last)] == items)
 
 
 def top_k(score_BI: Tensor, k: int, group: int = 64) -> tuple[Tensor, Tensor]:

@@ -9,13 +9,46 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from torch.utils.tensorboard import SummaryWriter
 
 from cnsdiff_dist import storage
 
 
-class Reporter:
+class Screen:
+    """A bar on a terminal, plain lines elsewhere; ``columns`` follow the bar and its count."""
+
+    def __init__(self, *columns: ProgressColumn) -> None:
+        self._console = Console()
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns,
+            console=self._console, disable=not self._console.is_terminal,
+        )  # fmt: skip
+
+    def say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+
+class Reporter(Screen):
     """Writes to a local directory, the run's own or a temporary one that is uploaded.
 
     Args:
@@ -32,12 +65,9 @@ class Reporter:
         with storage.explained(run_url, "write"):
             self._metrics = (self._dir / "metrics.jsonl").open("a", encoding="utf-8")
             self._board = SummaryWriter(str(self._dir / "tensorboard"), purge_step=step + 1)
-        self._console = Console()
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"), TimeRemainingColumn(elapsed_when_finished=True),
-            console=self._console, disable=not self._console.is_terminal,
-        )  # fmt: skip
+        super().__init__(
+            TextColumn("{task.fields[note]}"), TimeRemainingColumn(elapsed_when_finished=True)
+        )
         self._task = self._bar.add_task("train", total=total_steps, completed=step, note="")
         self._total, self._started, self._first_step = total_steps, time.monotonic(), step
 
@@ -74,9 +104,6 @@ class Reporter:
         shown += f"  alpha {metrics['alpha']:g}"
         self.say(f"epoch {epoch}  step {step}  {split}: {shown}{'  (best)' if best else ''}")
 
-    def say(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
     def _write(self, step: int, epoch: int, kind: str, values: dict[str, float]) -> None:
         record = {"step": step, "epoch": epoch, "kind": kind, "time": time.time(), **values}
         with storage.explained(self._url, "write"):
@@ -94,17 +121,13 @@ class Reporter:
                 if path.is_file():
                     storage.upload(path, f"{self._url}/{path.relative_to(self._dir)}")
 
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        super().__exit__(kind, error, trace)
         self._metrics.close()
         self._board.close()
         if self._remote:

@@ -56,14 +56,12 @@ def open_run(config: Config, manifest: Manifest, world: World) -> None:
     if world.is_main:
         url = config.run.dir
         if not storage.exists(f"{url}/{_CONFIG}"):
-            _write_json(f"{url}/{_DATASET}", {"name": manifest.name, "digest": manifest.digest})
-        _write_json(f"{url}/{_ENVIRONMENT}", _environment(world))
+            storage.write_json(
+                f"{url}/{_DATASET}", {"name": manifest.name, "digest": manifest.digest}
+            )
+        storage.write_json(f"{url}/{_ENVIRONMENT}", _environment(world))
         storage.write_text(f"{url}/{_CONFIG}", dump_config(config))
     world.barrier()
-
-
-def _write_json(url: str, tree: dict[str, Any]) -> None:
-    storage.write_text(url, json.dumps(tree, indent=2) + "\n")
 
 
 def read_config(url: str) -> Config:

@@ -8,6 +8,7 @@ names the URL, without its secrets, and what to do.
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -232,6 +233,10 @@ def read_text(url: str) -> str:
         return read_bytes(url).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{display(url)}: not UTF-8 text at byte {error.start}") from None
+
+
+def write_json(url: str, tree: Any) -> None:
+    write_text(url, json.dumps(tree, indent=2) + "\n")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from cnsdiff_dist.adjustment import (
     read_calibration,
     write_calibration,
 )
-from cnsdiff_dist.config import Config
+from cnsdiff_dist.config import Config, Evaluation
 from cnsdiff_dist.data.dataset import load_manifest
 from cnsdiff_dist.data.graph import GraphArrays, open_graph
 from cnsdiff_dist.data.schema import Manifest
@@ -47,6 +47,13 @@ class Trained:
     user_UD: Tensor
     item_ID: Tensor
 
+    def evaluator(self, split: str, evaluation: Evaluation | None = None) -> Evaluator:
+        """Of a split, with the lists that the run's config asks for unless others are given."""
+        return Evaluator(
+            self.data_url, self.manifest, self.graph, split, evaluation or self.config.evaluation,
+            self.world,
+        )  # fmt: skip
+
     def log_p(self, exposure: str | None) -> Tensor:
         """log p_env(i) of the train split, or of a table of recent exposure, [I]."""
         device = self.item_ID.device
@@ -63,13 +70,17 @@ class Trained:
         Raises:
             UserError: the calibration is of another checkpoint; ``alpha`` is none of these.
         """
-        exposure, value = None, 0.0 if alpha == "none" else self.alpha
-        if alpha == "auto":
-            if found := read_calibration(self.run_url, self.step):
-                exposure, value = found.exposure, found.alpha
-        elif alpha != "none":
+        exposure = None
+        if alpha == "none":
+            value = 0.0
+        elif alpha != "auto":
             value = _number(alpha)
-        vectors = adjusted(self.user_UD, self.item_ID, value, self.log_p(exposure))
+        elif found := read_calibration(self.run_url, self.step):
+            exposure, value = found.exposure, found.alpha
+        else:
+            value = self.alpha
+        log_p_I = self.log_p(exposure) if value else None
+        vectors = adjusted(self.user_UD, self.item_ID, value, log_p_I)
         return replace(self, user_UD=vectors[0], item_ID=vectors[1]), value
 
 
@@ -106,9 +117,7 @@ def calibrate(
     """
     train = model.config.train
     split, metric = split or train.select_split, metric or train.select_metric
-    evaluator = Evaluator(
-        model.data_url, model.manifest, model.graph, split, model.config.evaluation, model.world
-    )
+    evaluator = model.evaluator(split)
     log_p_I = model.log_p(exposure)
 
     def evaluate(alpha: float) -> dict[str, float]:

@@ -14,10 +14,11 @@ from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.stream import Batch
 from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.metrics import Interactions
 from cnsdiff_dist.samplers.cnsdiff import hardest
 from cnsdiff_dist.samplers.cnsdiff_published import PublishedSampler
 from cnsdiff_dist.samplers.dens import DENSSampler
-from cnsdiff_dist.samplers.popularity import PopularitySampler, interacted
+from cnsdiff_dist.samplers.popularity import PopularitySampler
 from cnsdiff_dist.samplers.protocol import Latents, Negatives, Sampler
 from cnsdiff_dist.samplers.registry import make_sampler
 from cnsdiff_dist.world import World
@@ -274,7 +275,8 @@ def test_popularity_follows_the_power_of_the_degree(graph: GraphArrays) -> None:
 def test_interacted_is_membership(graph: GraphArrays) -> None:
     users, items = (part.ravel() for part in np.meshgrid(np.arange(9), np.arange(20)))
     expected = [int(i) in _items(graph, int(u)) for u, i in zip(users, items, strict=True)]
-    assert interacted(graph, users, items).tolist() == expected
+    train = Interactions(graph.user_indptr, graph.user_items)
+    assert train.contain(users, items).tolist() == expected
 
 
 @pytest.mark.parametrize(("kind", "count"), [("in_batch", 0), ("mixed", 3)])

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
                 f"({', '.join(splits)})"
             )
     with Reporting() as reporting:
-        driver = Driver(suite, reporting, diagnoses=True)
+        driver = Driver(suite, reporting)
         reporting.begin(driver.total)
         driver.run(work, args.processes)
     print(write_report(suite), end="")

@@ -37,7 +37,6 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> None:
     from cnsdiff_dist import storage
     from cnsdiff_dist.errors import UserError
-    from cnsdiff_dist.evaluator import Evaluator
     from cnsdiff_dist.trained import open_trained
 
     if args.k and min(args.k) < 1:
@@ -48,9 +47,7 @@ def run(args: argparse.Namespace) -> None:
     evaluation = model.config.evaluation
     if args.k:
         evaluation = evaluation.model_copy(update={"k": tuple(sorted(set(args.k)))})
-    evaluator = Evaluator(
-        model.data_url, model.manifest, model.graph, args.split, evaluation, model.world
-    )
+    evaluator = model.evaluator(args.split, evaluation)
     result = {
         "run": storage.display(args.run_url),
         "step": model.step,

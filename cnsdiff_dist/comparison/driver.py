@@ -1,18 +1,15 @@
 """Runs a suite: trials on the first seed, then the best of each search on the other seeds."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from types import TracebackType
-from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeElapsedColumn
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.comparison.pool import Pool
 from cnsdiff_dist.comparison.running import TRADE_OFF, finished_result
 from cnsdiff_dist.comparison.suite import Job, Suite, dump_suite, groups, jobs_of
+from cnsdiff_dist.reporting import Screen
 
 FAILURES = "failures.json"
 
@@ -25,12 +22,11 @@ def best_trial(validation: Mapping[int, float]) -> int | None:
 class Driver:
     """Which runs of a suite are done, which are next, and why some failed.
 
-    Args:
-        diagnoses: whether chosen runs of the first seed are diagnosed too.
+    Chosen runs of the first seed are diagnosed too.
     """
 
-    def __init__(self, suite: Suite, say: "Reporting", diagnoses: bool) -> None:
-        self._suite, self._say, self._diagnoses = suite, say, diagnoses
+    def __init__(self, suite: Suite, say: "Reporting") -> None:
+        self._suite, self._say = suite, say
         self._jobs = {group: jobs_of(suite, *group) for group in groups(suite)}
         self._settled: dict[tuple[str, str], dict[int, float | None]] = {g: {} for g in self._jobs}
         self.failures: dict[str, str] = {}
@@ -56,8 +52,7 @@ class Driver:
         try:
             Pool(work, processes, logs).run(self._open(first), self._settle)
         finally:
-            text = json.dumps(self.failures, indent=2) + "\n"
-            storage.write_text(f"{out}/{FAILURES}", text)
+            storage.write_json(f"{out}/{FAILURES}", self.failures)
 
     def _open(self, jobs: Iterable[Job]) -> list[Job]:
         """Those that are not done, and what follows from those that are."""
@@ -80,7 +75,7 @@ class Driver:
             self.failures[job.label] = reason
         if job.task == "diagnose":
             if reason:
-                self._say.line(f"{job.label}: diagnosis failed: {reason}")
+                self._say.say(f"{job.label}: diagnosis failed: {reason}")
             return []
         self._say.settled(job, reason, result["selection"] if result else None)
         if job.seed != self._suite.seeds[0]:
@@ -95,24 +90,20 @@ class Driver:
         done = {t: value for t, value in self._settled[group].items() if value is not None}
         chosen = best_trial(done)
         if chosen is None:
-            self._say.line(f"{' '.join(group)}: no trial succeeded")
+            self._say.say(f"{' '.join(group)}: no trial succeeded")
             return []
         first, *others = self._jobs[group][chosen]
         follow = self._open(others)
-        if self._diagnoses and not storage.exists(f"{first.url}/{TRADE_OFF}"):
+        if not storage.exists(f"{first.url}/{TRADE_OFF}"):
             follow.append(replace(first, task="diagnose"))
         return follow
 
 
-class Reporting:
-    """A bar on a terminal, plain lines elsewhere."""
+class Reporting(Screen):
+    """A suite's runs, one line each."""
 
     def __init__(self) -> None:
-        self._console = Console()
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), console=self._console, disable=not self._console.is_terminal,
-        )  # fmt: skip
+        super().__init__(TimeElapsedColumn())
         self._task = self._bar.add_task("runs", total=0)
         self._done, self._total = 0, 0
 
@@ -126,19 +117,4 @@ class Reporting:
         what = f"failed: {reason}"
         if best:
             what = f"best {best['split']} {best['metric']} {best['value']:.4f}"
-        self.line(f"[{self._done}/{self._total}] {job.label}: {what}")
-
-    def line(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
+        self.say(f"[{self._done}/{self._total}] {job.label}: {what}")

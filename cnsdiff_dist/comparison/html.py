@@ -18,14 +18,15 @@ from cnsdiff_dist.comparison.results import (
 )
 from cnsdiff_dist.comparison.running import read_metrics, read_trade_off
 from cnsdiff_dist.comparison.suite import Suite
-from cnsdiff_dist.comparison.tables import Stars, tables_of
+from cnsdiff_dist.comparison.tables import Stars, Table
 from cnsdiff_dist.rundir import read_config
 
 Curve = tuple[list[float], list[float]]
 _NOT_LOSSES = ("step", "epoch", "kind", "time", "samples_per_second")
 
 
-def suite_page(suite: Suite, runs: list[Run], failures: dict[str, str]) -> str:
+def suite_page(suite: Suite, runs: list[Run], tables: list[Table], failures: dict[str, str]) -> str:
+    """``tables`` as :func:`cnsdiff_dist.comparison.tables.tables_of` makes them."""
     page = Page(f"Comparison: {suite.name}")
     page.text(
         f"{len(runs)} runs. Every method had {suite.search.trials} trials per dataset on seed "
@@ -34,11 +35,10 @@ def suite_page(suite: Suite, runs: list[Run], failures: dict[str, str]) -> str:
         f"over seeds; stars beside {suite.ours}: paired bootstrap over users against the best "
         "other (* p < 0.05, ** 0.01, *** 0.001). Orange: ours; blue: the best other by validation."
     )
-    tables = tables_of(suite, runs, stars_of(suite, runs))
     for table in tables[len(suite.datasets) :]:
-        _show(page, suite, None, table.title, table)
+        _show(page, suite, None, table)
     for dataset, table in zip(suite.datasets, tables, strict=False):
-        _show(page, suite, best_other(suite, runs, dataset), table.title, table)
+        _show(page, suite, best_other(suite, runs, dataset), table)
         first = {m: some[0] for m in suite.methods if (some := chosen(runs, dataset, m))}
         _figures(page, suite, first)
         if diagnoses := {m: diagnostics(run.url) for m, run in first.items()}:
@@ -66,8 +66,8 @@ def stars_of(suite: Suite, runs: list[Run]) -> Stars:
     return found
 
 
-def _show(page: Page, suite: Suite, other: str | None, title: str, table: Any) -> None:
-    page.heading(title)
+def _show(page: Page, suite: Suite, other: str | None, table: Table) -> None:
+    page.heading(table.title)
     page.mark({suite.ours: "ours"} | ({other: "rival"} if other else {}))
     page.table(table.head, table.body)
     for note in table.notes:

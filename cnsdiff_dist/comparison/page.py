@@ -28,15 +28,16 @@ tr.ours td { background: #fff4e3; font-weight: 600; } tr.rival td { background: 
 figure { margin: 0; } figcaption { color: #5b6b7b; font-size: .9em; max-width: 500px; }
 svg { max-width: 100%; height: auto; }
 """
-OURS, RIVAL, OTHERS = "#d9730d", "#2563eb", "#9aa7b4"
+OURS, RIVAL = "#d9730d", "#2563eb"
 _OTHERS = ("#6b7f8f", "#4c9f70", "#a66fb5", "#b5a642", "#5ba4b5", "#c26d6d", "#7a7ac2", "#8a8a8a")
 
 
 class Page:
-    """Collects blocks, in order; ``marks`` says which labels are ours and the best rival's."""
+    """Collects blocks, in order."""
 
-    def __init__(self, title: str, marks: Mapping[str, str] | None = None) -> None:
-        self._title, self._marks = title, dict(marks or {})
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._marks: dict[str, str] = {}
         self._blocks: list[str] = []
 
     def heading(self, text: str, level: int = 2) -> None:
@@ -46,6 +47,7 @@ class Page:
         self._blocks.append(f"<p>{html.escape(text)}</p>")
 
     def mark(self, marks: Mapping[str, str]) -> None:
+        """From here on, which labels are ours (``ours``) and the best rival's (``rival``)."""
         self._marks = dict(marks)
 
     def marked(self) -> list[str]:

@@ -26,11 +26,12 @@ def write_report(suite: Suite) -> str:
     if not runs:
         raise UserError(f"{storage.display(suite.out)}: no finished run to report")
     write_rows(rows(runs), f"{suite.out}/runs.parquet")
-    text = markdown(suite.name, tables_of(suite, runs, stars_of(suite, runs)))
+    tables = tables_of(suite, runs, stars_of(suite, runs))
+    text = markdown(suite.name, tables)
     storage.write_text(f"{suite.out}/table.md", text)
     failures = f"{suite.out}/{FAILURES}"
     known = json.loads(storage.read_text(failures)) if storage.exists(failures) else {}
-    storage.write_text(f"{suite.out}/{PAGE}", suite_page(suite, runs, known))
+    storage.write_text(f"{suite.out}/{PAGE}", suite_page(suite, runs, tables, known))
     return text
 
 

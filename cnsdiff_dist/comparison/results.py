@@ -14,6 +14,7 @@ from cnsdiff_dist import storage
 from cnsdiff_dist.comparison.driver import best_trial
 from cnsdiff_dist.comparison.running import finished_result, read_metrics
 from cnsdiff_dist.comparison.suite import Job, Suite, groups, jobs_of
+from cnsdiff_dist.diagnostics import read_diagnostics
 
 METRICS = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
 SPLITS = ("test_ood", "test_iid")
@@ -130,19 +131,9 @@ def step_ms(run: Run) -> float | None:
 
 
 def diagnostics(url: str) -> Row:
-    """The numbers of RUN/diagnostics.json as ``diagnostics.a.b``; none if it is not there."""
-    path = f"{url}/diagnostics.json"
-    if not storage.exists(path):
-        return {}
-    return _numbers(json.loads(storage.read_text(path)), "diagnostics")
-
-
-def _numbers(tree: Any, prefix: str) -> Row:
-    if isinstance(tree, dict):
-        pairs = [_numbers(value, f"{prefix}.{key}") for key, value in tree.items()]
-        return {key: value for pair in pairs for key, value in pair.items()}
-    is_number = isinstance(tree, int | float) and not isinstance(tree, bool)
-    return {prefix: float(tree)} if is_number else {}
+    """The numbers of a run's diagnosis as ``diagnostics.NAME``; none without one."""
+    found = read_diagnostics(url) or {}
+    return {f"diagnostics.{k}": float(v) for k, v in found.items() if isinstance(v, int | float)}
 
 
 def chosen(runs: list[Run], dataset: str, method: str) -> list[Run]:

@@ -63,7 +63,7 @@ def complete(job: Job, train: Callable[[Config], None]) -> None:
         **_evaluate(job.url, job.config.data.url),
         "seconds": time.monotonic() - started,
     }
-    storage.write_text(f"{job.url}/{RESULT}", json.dumps(result, indent=2) + "\n")
+    storage.write_json(f"{job.url}/{RESULT}", result)
     _prune(job.url, result["selection"]["step"])
 
 
@@ -76,23 +76,19 @@ def study(url: str, data_url: str | None = None) -> None:
     """
     from cnsdiff_dist.adjustment import adjusted
     from cnsdiff_dist.diagnostics import diagnose
-    from cnsdiff_dist.evaluator import Evaluator
     from cnsdiff_dist.trained import open_trained
 
     diagnose(url, data_url)
     model = open_trained(url, data_url)
     log_p_I, curve = model.log_p(None), []
     for split in (name for name in model.manifest.splits if name.startswith("test")):
-        evaluator = Evaluator(
-            model.data_url, model.manifest, model.graph, split, model.config.evaluation,
-            model.world,
-        )  # fmt: skip
+        evaluator = model.evaluator(split)
         for alpha in ALPHAS:
             vectors = adjusted(model.user_UD, model.item_ID, alpha, log_p_I)
             metrics = evaluator(*vectors)["metrics"]
             curve.append({"split": split, "alpha": alpha, "metrics": metrics})
     if model.world.is_main:
-        storage.write_text(f"{url}/{TRADE_OFF}", json.dumps(curve) + "\n")
+        storage.write_json(f"{url}/{TRADE_OFF}", curve)
     model.world.barrier()
 
 
@@ -145,7 +141,6 @@ def _without_places(config: Config) -> dict[str, Any]:
 def _evaluate(url: str, data_url: str) -> dict[str, Any]:
     """``evaluations``: one entry per test split and adjustment. The values of every user are
     beside it, in SPLIT.ADJUSTMENT.users.parquet."""
-    from cnsdiff_dist.evaluator import Evaluator
     from cnsdiff_dist.trained import calibrate, open_trained
 
     plain = open_trained(url, data_url)
@@ -153,9 +148,7 @@ def _evaluate(url: str, data_url: str) -> dict[str, Any]:
     models = {"none": (plain, 0.0), "calibrated": plain.with_alpha("auto")}
     found = []
     for split in (name for name in plain.manifest.splits if name.startswith("test")):
-        evaluator = Evaluator(
-            data_url, plain.manifest, plain.graph, split, plain.config.evaluation, plain.world
-        )
+        evaluator = plain.evaluator(split)
         for adjustment, (model, alpha) in models.items():
             result, users = evaluator.detailed(model.user_UD, model.item_ID)
             found.append({"adjustment": adjustment, "alpha": alpha, **result})
@@ -170,7 +163,4 @@ def _prune(url: str, best_step: int) -> None:
     from cnsdiff_dist.parallel.checkpoint import Checkpoints
     from cnsdiff_dist.world import join_world
 
-    for commit in Checkpoints(url, join_world(60)).committed():
-        if commit.step != best_step:
-            storage.delete_tree(f"{commit.url}/commit.json")  # first: half is no checkpoint
-            storage.delete_tree(commit.url)
+    Checkpoints(url, join_world(60)).prune(0, best_step)

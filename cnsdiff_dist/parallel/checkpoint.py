@@ -78,7 +78,7 @@ class Checkpoints:
                 storage.delete_tree(url)
             raise
         if self._world.is_main:
-            storage.write_text(f"{url}/{_COMMIT}", json.dumps(record, indent=2) + "\n")
+            storage.write_json(f"{url}/{_COMMIT}", record)
         self._world.barrier()
 
     def load(self, commit: Commit, state: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ class Checkpoints:
         if not self._world.is_main:
             return
         files = storage.list_files(self._url)
-        kept = set(_committed(files)[-keep:])
+        kept = set(_committed(files)[::-1][:keep])
         for name in {path.partition("/")[0] for path in files} - kept:
             if _NAME.match(name) and _step(name) != best_step:
                 # The marker first: a half-deleted checkpoint must not look committed.

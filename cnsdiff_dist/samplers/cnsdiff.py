@@ -5,7 +5,7 @@ Recommendation", arXiv 2508.07243; docs/method.md says what differs here and why
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from cnsdiff_dist.models.denoiser import Denoiser
 from cnsdiff_dist.models.diffusion import Denoise, make_schedule, q_sample, reverse_levels
 from cnsdiff_dist.samplers.pools import KnownPositives, batch_offsets
 from cnsdiff_dist.samplers.protocol import Latents, Negatives, Pool
-from cnsdiff_dist.samplers.uniform import UniformSampler
+from cnsdiff_dist.samplers.uniform import UniformSampler, picked
 from cnsdiff_dist.world import World
 
 
@@ -55,22 +55,20 @@ class CNSDiffSampler:
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
         """Negatives from one reverse chain per row, and the diffusion loss."""
         if self._negatives.share == "group":
-            made = self.generate(latents, self._some(latents), draws)
+            made = self.generate(latents, draws, whole=False)
             return Negatives(
                 latents.candidate_BMD, pool=self._pool(made.vector_LbD, latents),
                 hard_BD=made.vector_LbD[0], terms=made.terms, observed=made.observed,
             )  # fmt: skip
-        made = self.generate(latents, torch.arange(len(latents.weight)), draws)
+        made = self.generate(latents, draws, whole=True)
         hard_BD = hardest(made.vector_LbD, latents.user_BD)
-        mix_B1 = draws.beta(*self._mix_at(progress))[:, None]
-        random_BD = latents.candidate_BMD[:, 0]
-        return Negatives(
-            (mix_B1 * hard_BD + (1 - mix_B1) * random_BD)[:, None], hard_BD=hard_BD,
-            contrast=(hard_BD, random_BD), terms=made.terms, observed=made.observed,
-        )  # fmt: skip
+        mix_B = draws.beta(*self._mix_at(progress))
+        mixed = mixture(hard_BD, latents.candidate_BMD[:, 0], mix_B)
+        return replace(mixed, terms=made.terms, observed=made.observed)
 
-    def generate(self, latents: Latents, rows: Tensor, draws: Draws) -> "Generated":
-        """Learn from a share of the rows, and generate for ``rows``, one vector per level."""
+    def generate(self, latents: Latents, draws: Draws, whole: bool) -> "Generated":
+        """Learn from a share of the rows, and generate for those rows or for the ``whole``
+        batch, one vector per level and row."""
         positive_BD, some = latents.positive_BD, self._some(latents)
         standard = Standard(latents, some, self._world)
         z0_BD = standard.item(positive_BD.detach() if self._config.detach else positive_BD)
@@ -78,6 +76,7 @@ class CNSDiffSampler:
         diffusion_B, error_B = self._learn(z0_BD, user_BD, some, latents, draws)
         with torch.no_grad():
             noise_BD = draws.normal(z0_BD.shape[1])
+            rows = slice(None) if whole else some
             made_LbD = self._chain(
                 z0_BD[rows], user_BD[rows], latents.environment[rows], noise_BD[rows]
             )
@@ -156,12 +155,20 @@ class Generated:
     observed: dict[str, Tensor]
 
 
+def mixture(hard_BD: Tensor, random_BD: Tensor, mix_B: Tensor) -> Negatives:
+    """z_neg = lambda z_hard + (1 - lambda) h_j, one negative a row."""
+    mix_B1 = mix_B[:, None]
+    return Negatives(
+        (mix_B1 * hard_BD + (1 - mix_B1) * random_BD)[:, None], hard_BD=hard_BD,
+        contrast=(hard_BD, random_BD),
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def hardest(candidates_LBD: Tensor, user_BD: Tensor) -> Tensor:
     """Per row, the candidate with the highest user score, [B, D]."""
     score_LB = torch.einsum("lbd,bd->lb", candidates_LBD, user_BD)
-    rows = torch.arange(len(user_BD), device=user_BD.device)
-    return candidates_LBD[score_LB.argmax(0), rows]
+    return picked(candidates_LBD.transpose(0, 1), score_LB.argmax(0))
 
 
 class Standard:

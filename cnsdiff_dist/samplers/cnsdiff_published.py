@@ -17,7 +17,7 @@ from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.models.denoiser import Denoiser
 from cnsdiff_dist.models.diffusion import make_schedule, p_sample, q_sample
-from cnsdiff_dist.samplers.cnsdiff import hardest
+from cnsdiff_dist.samplers.cnsdiff import hardest, mixture
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
 from cnsdiff_dist.samplers.uniform import UniformSampler
 from cnsdiff_dist.world import World
@@ -58,8 +58,4 @@ class PublishedSampler(UniformSampler):
 
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
         hard_BD, random_BD = self._hard(latents, draws), latents.candidate_BMD[:, 0]
-        mix_B1 = draws.beta(1 + 8 * progress, 9 - 8 * progress)[:, None]
-        return Negatives(
-            (mix_B1 * hard_BD + (1 - mix_B1) * random_BD)[:, None],
-            contrast=(hard_BD, random_BD), hard_BD=hard_BD,
-        )  # fmt: skip
+        return mixture(hard_BD, random_BD, draws.beta(1 + 8 * progress, 9 - 8 * progress))

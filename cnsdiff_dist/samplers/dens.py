@@ -20,7 +20,7 @@ from torch.nn import functional
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
-from cnsdiff_dist.samplers.uniform import UniformSampler, chosen
+from cnsdiff_dist.samplers.uniform import UniformSampler, chosen, picked
 
 
 class Gates(nn.Module):
@@ -58,8 +58,7 @@ class DENSSampler(UniformSampler):
             wanted_BMD = candidate_BMD * (1 - progress - gate_BMD)
             column_B = torch.einsum("bd,bmd->bm", user_BD, wanted_BMD).argmax(1)
         made = chosen(latents, column_B)
-        rows = torch.arange(len(column_B), device=column_B.device)
-        negative_BD, own_BD = candidate_BMD[rows, column_B], gate_BMD[rows, column_B]
+        negative_BD, own_BD = picked(candidate_BMD, column_B), picked(gate_BMD, column_B)
         margin_B = (user_BD * positive_BD * (2 * gate_BD - 1)).sum(1)
         other_B = (user_BD * negative_BD * (1 - 2 * own_BD)).sum(1)
         gates_B = functional.softplus(-margin_B) + functional.softplus(-other_B)

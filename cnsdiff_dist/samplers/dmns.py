@@ -35,11 +35,11 @@ class DMNSSampler(CNSDiffSampler):
         return np.empty((len(batch.users), 0), np.int64)
 
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
-        rows = torch.arange(len(latents.weight), device=latents.weight.device)
-        made = self.generate(latents, rows, draws)
-        level = torch.arange(len(made.vector_LbD), device=rows.device)
+        made = self.generate(latents, draws, whole=True)
+        vector_BLD = made.vector_LbD.transpose(0, 1)
+        level = torch.arange(vector_BLD.shape[1], device=vector_BLD.device).float()
         return Negatives(
-            made.vector_LbD.transpose(0, 1), offset_BN=-level.float().expand(len(rows), -1),
+            vector_BLD, offset_BN=-level.expand(len(vector_BLD), -1),
             hard_BD=hardest(made.vector_LbD, latents.user_BD), terms=made.terms,
             observed=made.observed,
         )  # fmt: skip

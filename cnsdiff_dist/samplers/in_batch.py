@@ -31,6 +31,7 @@ class InBatchSampler(UniformSampler):
         super().__init__(graph, count)
         self._known, self._log_q = KnownPositives(graph), log_q
         self._degree, self._items = np.diff(graph.item_indptr), len(graph.item_indptr) - 1
+        self._edges = max(len(graph.user_items), 1)
 
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
         own = super().negatives(latents, draws, progress)
@@ -51,6 +52,6 @@ class InBatchSampler(UniformSampler):
 
     def _log_expected(self, items: npt.NDArray[np.int64], width: int, like: Tensor) -> Tensor:
         """log of how often each item is expected among a row's negatives."""
-        q = self._degree[items] / max(self._degree.sum(), 1)
+        q = self._degree[items] / self._edges
         expected = q * width + self._count / self._items
         return torch.from_numpy(np.log(np.maximum(expected, 1e-12))).to(like)

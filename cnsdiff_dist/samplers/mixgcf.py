@@ -10,15 +10,15 @@ import torch
 
 from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
-from cnsdiff_dist.samplers.uniform import UniformSampler
+from cnsdiff_dist.samplers.uniform import UniformSampler, picked
 
 
 class MixGCFSampler(UniformSampler):
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
-        rows, per_row, _ = latents.candidate_BMD.shape
+        per_row = latents.candidate_BMD.shape[1]
         share_BM1 = torch.from_numpy(draws.uniform(per_row)).to(latents.candidate_BMD)[:, :, None]
         mixed_BMD = latents.candidate_BMD.lerp(latents.positive_BD[:, None], share_BM1)
         with torch.no_grad():
             column_B = torch.einsum("bd,bmd->bm", latents.user_BD, mixed_BMD).argmax(1)
-        hard_BD = mixed_BMD[torch.arange(rows, device=column_B.device), column_B]
+        hard_BD = picked(mixed_BMD, column_B)
         return Negatives(hard_BD[:, None], contrast=(hard_BD,), hard_BD=hard_BD.detach())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cnsdiff_dist.data.graph import GraphArrays
+from cnsdiff_dist.metrics import Interactions
 from cnsdiff_dist.samplers.protocol import Latents
 
 
@@ -21,7 +22,7 @@ class KnownPositives:
     """
 
     def __init__(self, graph: GraphArrays) -> None:
-        self._graph = graph
+        self._train = Interactions(graph.user_indptr, graph.user_items)
         self._slot = np.full(len(graph.item_indptr) - 1, -1, np.int32)
 
     def of(
@@ -36,12 +37,9 @@ class KnownPositives:
     ) -> npt.NDArray[np.bool_]:
         pool, column = np.unique(items, return_inverse=True)
         who, row = np.unique(users, return_inverse=True)
-        start = np.asarray(self._graph.user_indptr[who])
-        degree = np.asarray(self._graph.user_indptr[who + 1]) - start
-        owner = np.repeat(np.arange(len(who)), degree)
-        edge = np.arange(len(owner)) + np.repeat(start - np.cumsum(degree) + degree, degree)
+        owner, liked = self._train.of(who)
         self._slot[pool] = np.arange(len(pool))
-        slot = self._slot[self._graph.user_items[edge]]
+        slot = self._slot[liked]
         self._slot[pool] = -1
         known = np.zeros((len(who), len(pool)), bool)
         known[owner[slot >= 0], slot[slot >= 0]] = True

@@ -32,11 +32,14 @@ class UniformSampler:
 
 def chosen(latents: Latents, column_B: Tensor) -> Negatives:
     """One candidate a row, by its column."""
-    rows = torch.arange(len(column_B), device=column_B.device)
     item_BM = torch.from_numpy(latents.candidates).to(column_B.device)
-    return Negatives(
-        latents.candidate_BMD[rows, column_B][:, None], item_BM[rows, column_B][:, None]
-    )
+    vector_BD, item_B = picked(latents.candidate_BMD, column_B), picked(item_BM, column_B)
+    return Negatives(vector_BD[:, None], item_B[:, None])
+
+
+def picked(values: Tensor, column_B: Tensor) -> Tensor:
+    """Of each row the entry in its column: [B, M, ...], int64 [B] -> [B, ...]."""
+    return values[torch.arange(len(column_B), device=column_B.device), column_B]
 
 
 @torch.no_grad()
