@@ -3,6 +3,10 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +184,32 @@ def test_a_suite_from_end_to_end(
     assert main(["compare", path]) == 2
     after = {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
     assert {p for p in after if after[p] != before.get(p)} == {victim / "result.json"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_suite_takes_its_workers_along(
+    dataset: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    path = _suite(
+        tmp_path, datasets={"data": {"url": dataset, "select": "valid_ood"}},
+        base={"train.epochs": 1000, "train.patience": 1000},
+    )  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cnsdiff_dist", "compare", path, "--processes", "2"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 180
+    while len(list(tmp_path.rglob("metrics.jsonl"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) >= 2
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "cnsdiff: error: interrupted; what was committed is kept"
+    while any(alive := [Path(f"/proc/{worker}").exists() for worker in workers]):
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
 
 
 def test_the_report_of_a_run(dataset: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -491,21 +492,58 @@ def test_a_model_that_is_not_finite_is_never_saved(
     assert all(torch.isfinite(value).all() for entry in dense.values() for value in entry.values())
 
 
+def _pickled_call(module: str, name: str, *words: Any) -> bytes:
+    """A pickle that calls a function, found under the name it has in a module."""
+    parts = [pickle.SHORT_BINUNICODE + bytes([len(w)]) + w.encode() for w in (module, name)]
+    arguments = pickle.dumps(words, protocol=2)[2:-1]
+    return pickle.PROTO + b"\x04" + b"".join(parts) + pickle.STACK_GLOBAL + arguments + b"R."
+
+
+@pytest.mark.parametrize("name", ["posix mkdir", "torch.distributed.checkpoint.metadata os.mkdir"])
 def test_a_checkpoint_that_would_run_code_is_refused(
+    name: str, dataset: str, tmp_path: Path, world: World
+) -> None:
+    config = small_config(dataset, tmp_path / "run", train={"epochs": 1})
+    train(config)
+    (commit,) = Checkpoints(config.run.dir, world).committed()
+    payload = _pickled_call(*name.split(), str(tmp_path / "owned"))
+    (Path(commit.url) / ".metadata").write_bytes(payload)
+    with pytest.raises(UserError, match="not a checkpoint of ours"):
+        open_trained(config.run.dir, None)
+    assert not (tmp_path / "owned").exists()
+    pickle.loads(payload)
+    assert (tmp_path / "owned").exists()  # it would have
+
+
+class _AsPython311(pickle.Pickler):
+    """Enum members as Python 3.11.0 to 3.11.3 pickles them."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        return (getattr, (type(thing), thing.name)) if isinstance(thing, Enum) else NotImplemented
+
+
+def test_checkpoints_of_every_python_311_can_be_read(
     dataset: str, tmp_path: Path, world: World
 ) -> None:
     config = small_config(dataset, tmp_path / "run", train={"epochs": 1})
     train(config)
     (commit,) = Checkpoints(config.run.dir, world).committed()
+    path = Path(commit.url) / ".metadata"
+    with path.open("rb") as file:
+        metadata = pickle.load(file)
+    with path.open("wb") as file:
+        _AsPython311(file).dump(metadata)
+    assert b"getattr" in path.read_bytes()
+    open_trained(config.run.dir, None)
 
-    class Payload:
-        def __reduce__(self) -> Any:
-            return os.mkdir, (str(tmp_path / "owned"),)
-
-    (Path(commit.url) / ".metadata").write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(UserError, match="not a checkpoint of ours"):
+    path.write_bytes(pickle.dumps(_Getattr()))
+    with pytest.raises(UserError, match="of no enum: not a checkpoint of ours"):
         open_trained(config.run.dir, None)
-    assert not (tmp_path / "owned").exists()
+
+
+class _Getattr:
+    def __reduce__(self) -> Any:
+        return getattr, ("text", "upper")
 
 
 def test_an_output_never_deletes_what_is_not_its_own(trained: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import signal
+import threading
 from typing import TYPE_CHECKING
 
 from cnsdiff_dist.errors import UserError
@@ -48,6 +50,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--processes {args.processes}: at least 1")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare starts its own processes; run it without torchrun")
+    if threading.current_thread() is threading.main_thread():
+        # A batch system stops a job by SIGTERM: take the workers along, as for Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     suite = load_suite(args.suite, args.out)
     storage.refuse_secrets(suite.out)
     for name, entry in suite.datasets.items():

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import EnumType
 from typing import Any
 
 import torch
@@ -27,7 +28,16 @@ from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.world import World
 
 _COMMIT = "commit.json"
-_DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+# Whole names: what a module imports, such as os, could be reached by a dotted one.
+_KNOWN = {
+    "torch": {"Size"} | {name for name, value in vars(torch).items() if type(value) is torch.dtype},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "_MEM_FORMAT_ENCODING", "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata",
+        "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+    },
+}  # fmt: skip
 _NAME = re.compile(r"^step-(\d{8,})$")
 
 
@@ -138,15 +148,17 @@ class _Reader(FsspecReader):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        known = (
-            module == "torch.distributed.checkpoint.metadata"
-            or (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-            or (module, name) == ("torch.serialization", "_get_layout")
-            or (module == "torch" and (name == "Size" or name in _DTYPES))
-        )
-        if not known:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member  # how Python before 3.11.4 pickles one
+        if name not in _KNOWN.get(module, ()):
             raise ValueError(f"its .metadata names {module}.{name}: not a checkpoint of ours")
         return super().find_class(module, name)
+
+
+def _enum_member(owner: Any, name: str) -> Any:
+    if not isinstance(owner, EnumType):
+        raise ValueError(f"its .metadata asks for {name} of no enum: not a checkpoint of ours")
+    return owner[name]
 
 
 @contextmanager
