@@ -74,6 +74,10 @@ class Negatives(Section):
     share: Literal["row", "group"] = Field(
         "group", description="who sees a generated negative; group: one pool with the positives"
     )
+    margin: float | None = Field(
+        0.3, description="group: a row leaves out generated vectors whose cosine with the user is "
+        "above the positive's minus this; null for none",
+    )  # fmt: skip
     mix_start: tuple[float, float] = Field((3.0, 7.0), description="Beta(a, b) of lambda at first")
     mix_end: tuple[float, float] = Field((3.0, 7.0), description="Beta(a, b) of lambda at last")
 

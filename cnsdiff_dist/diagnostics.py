@@ -111,18 +111,21 @@ class _Probe:
         positive_B1 = (latents.user_BD * latents.positive_BD).sum(1, keepdim=True)
         hardest_B = self._hardest(latents, negatives, logit_BN)
         uniform_B = non_interacted(self._graph, batch.users, batch.items, draws.uniform(1)[:, 0])
-        degree = torch.from_numpy(np.log1p(self._degree))
+        degree, none_B = torch.from_numpy(np.log1p(self._degree)), torch.from_numpy(hardest_B < 0)
         out = {
             "false_hard_negatives": self._is_held_out(batch.users, hardest_B),
-            "false_negatives": self._is_held_out(batch.users, self._any(latents, negatives)),
+            "false_negatives": self._is_held_out(
+                batch.users, self._any(latents, negatives, logit_BN)
+            ),
             "chance": self._is_held_out(batch.users, uniform_B),
-            "hardness": (logit_BN > positive_B1).float().mean(1).cpu(),
-            "negative_log_degree": degree[hardest_B],
+            "hardness": _share((logit_BN > positive_B1).cpu(), logit_BN.isfinite().cpu()),
+            "negative_log_degree": degree[hardest_B].masked_fill(none_B, torch.nan),
             "uniform_log_degree": degree[uniform_B],
             "positive_log_degree": degree[batch.items],
         }
         if self._truth is not None:
-            out["true_preference"] = self._truth.preference(batch.users, hardest_B)
+            preference_B = self._truth.preference(batch.users, hardest_B)
+            out["true_preference"] = preference_B.masked_fill(none_B, torch.nan)
             out["true_preference_uniform"] = self._truth.preference(batch.users, uniform_B)
         out = {name: value.masked_fill(~valid, torch.nan) for name, value in out.items()}
         if "denoising_error" in negatives.observed:
@@ -131,40 +134,33 @@ class _Probe:
         return out
 
     def _hardest(self, latents: Latents, negatives: Negatives, logit_BN: Tensor) -> Ids:
-        """The item of each row's hardest negative, int64 [B]."""
+        """The item of each row's hardest negative, int64 [B]; -1 if it has no negative."""
         if negatives.hard_BD is not None:
-            # The synthetic part is what is judged; where a group shares it, the hardest of it.
-            made = functional.normalize(negatives.hard_BD, dim=1)
-            if len(made) < len(logit_BN):
-                pool_GbD = made.unflatten(0, (latents.groups, -1))
-                user = latents.user_BD.unflatten(0, (latents.groups, -1))
-                best = torch.bmm(user, pool_GbD.transpose(1, 2)).argmax(2)
-                index = best[..., None].expand(-1, -1, made.shape[1])
-                made = pool_GbD.gather(1, index).flatten(0, 1)
+            made = _synthetic(latents, negatives, logit_BN, hardest=True)
             return self._nearest(latents.batch.users, made)
         parts = [] if negatives.item_BN is None else [negatives.item_BN]
         if negatives.pool is not None and negatives.pool.item_GP is not None:
             width = len(logit_BN) // latents.groups
             parts.append(negatives.pool.item_GP.repeat_interleave(width, 0))
         items = torch.cat(parts, dim=1)
-        chosen: Ids = items.gather(1, logit_BN.argmax(1, keepdim=True))[:, 0].cpu().numpy()
-        return chosen
+        best_B, index_B = logit_BN.max(1)
+        chosen = items.gather(1, index_B[:, None])[:, 0].masked_fill(best_B == -torch.inf, -1)
+        found: Ids = chosen.cpu().numpy()
+        return found
 
-    def _any(self, latents: Latents, negatives: Negatives) -> Ids:
+    def _any(self, latents: Latents, negatives: Negatives, logit_BN: Tensor) -> Ids:
         """The item of one negative per row, not the hardest: its own first, or its neighbour's
         place in the pool."""
         if negatives.hard_BD is not None:
-            made_GbD = negatives.hard_BD.unflatten(0, (latents.groups, -1))
-            width = len(latents.weight) // latents.groups
-            place = torch.arange(width, device=made_GbD.device) % made_GbD.shape[1]
-            return self._nearest(latents.batch.users, made_GbD[:, place].flatten(0, 1))
+            made = _synthetic(latents, negatives, logit_BN, hardest=False)
+            return self._nearest(latents.batch.users, made)
         if negatives.item_BN is not None and negatives.item_BN.shape[1]:
             own: Ids = negatives.item_BN[:, 0].cpu().numpy()
             return own
         return latents.batch.items.reshape(latents.groups, -1)[:, ::-1].ravel()
 
     def _nearest(self, users: Ids, vector_BD: Tensor) -> Ids:
-        """The nearest item that is no train item of the user, by cosine, in chunks."""
+        """The nearest item that is no train item of the user, by cosine, in chunks; -1 of NaN."""
         items_DI = functional.normalize(self._item_ID, dim=1).t()
         train = train_interactions(self._graph)
         found = []
@@ -172,13 +168,13 @@ class _Probe:
             cosine = vector_BD[start : start + 256] @ items_DI
             row, item = train.of(users[start : start + 256])
             cosine[torch.from_numpy(row), torch.from_numpy(item)] = -torch.inf
-            found.append(cosine.argmax(1).cpu().numpy())
+            found.append(cosine.argmax(1).masked_fill(cosine.isnan().any(1), -1).cpu().numpy())
         return np.concatenate(found)
 
     def _is_held_out(self, users: Ids, items: Ids) -> Tensor:
         hit = torch.from_numpy(self._held_out.contain(users, items)).double()
         has = self._held_out.indptr[users] < self._held_out.indptr[users + 1]
-        return hit.masked_fill(~torch.from_numpy(has), torch.nan)
+        return hit.masked_fill(~torch.from_numpy(has & (items >= 0)), torch.nan)
 
     def _generator(self, latents: Latents, negatives: Negatives, draws: Draws) -> dict[str, Tensor]:
         """Generate again from the same rows with fresh noise."""
@@ -203,6 +199,30 @@ class _Probe:
         degree = torch.from_numpy(np.log1p(self._degree)).to(score)
         degree = functional.normalize(degree - degree.mean(), dim=0)
         return float((score @ degree).square().mean())
+
+
+def _share(which_BN: Tensor, of_BN: Tensor) -> Tensor:
+    """NaN where there is none."""
+    return (which_BN & of_BN).sum(1) / of_BN.sum(1)
+
+
+def _synthetic(latents: Latents, negatives: Negatives, logit_BN: Tensor, hardest: bool) -> Tensor:
+    """A synthetic vector per row, [B, D]: its own or, of those that its group shares and the row
+    does not leave out, the one with the highest logit or its neighbour's. NaN if there is none."""
+    made_BD = negatives.hard_BD
+    assert made_BD is not None
+    if negatives.pool is None:
+        return made_BD
+    made_GSD = made_BD.unflatten(0, (latents.groups, -1))
+    order_BS = logit_BN[:, -made_GSD.shape[1] :]
+    rows, shared = order_BS.shape
+    out_BS, row_B = order_BS == -torch.inf, torch.arange(rows, device=made_BD.device)
+    if not hardest:
+        distance_BS = (torch.arange(shared, device=made_BD.device) - row_B[:, None]) % shared
+        order_BS = torch.where(out_BS, -torch.inf, -distance_BS.float())
+    group_B = row_B // (rows // latents.groups)
+    best_BD = made_GSD[group_B, order_BS.argmax(1)]
+    return best_BD.masked_fill(out_BS.all(1, keepdim=True), torch.nan)
 
 
 def _held_out(url: str, manifest: Manifest) -> Interactions:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from cnsdiff_dist.commands.train import train
 from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.dataset import load_manifest, read_split
 from cnsdiff_dist.data.graph import open_graph
-from cnsdiff_dist.diagnostics import _Probe, diagnose, read_diagnostics
+from cnsdiff_dist.diagnostics import _Probe, _synthetic, diagnose, read_diagnostics
 from cnsdiff_dist.draws import Draws
-from cnsdiff_dist.samplers.protocol import Latents, Negatives
+from cnsdiff_dist.samplers.protocol import Latents, Negatives, Pool
 from cnsdiff_dist.trainer import Trainer
 from cnsdiff_dist.world import World
 from tests.conftest import small_config
@@ -56,6 +57,29 @@ def test_a_sampler_of_held_out_positives_is_always_false_and_another_never(
         result = probe.run(steps=2)
     assert result["false_hard_negatives"] == result["false_negatives"] == rate
     assert 0 < result["chance"] < 0.5
+
+
+@pytest.mark.parametrize("hardest", [True, False])
+def test_of_shared_vectors_one_that_the_row_does_not_leave_out(hardest: bool) -> None:
+    groups, width, shared = 2, 4, 6
+    made_GSD, logit_BS = torch.randn(groups, shared, 3), torch.randn(groups * width, shared)
+    logit_BS[torch.rand_like(logit_BS) < 0.5] = -torch.inf
+    logit_BS[5] = -torch.inf
+    logit_BS[:5, 2] = logit_BS[6:, 2] = 0.0
+    logit_BN = torch.cat([torch.full((groups * width, 9), 5.0), logit_BS], dim=1)
+    negatives = Negatives(
+        torch.empty(groups * width, 0, 3), hard_BD=made_GSD.flatten(0, 1),
+        pool=Pool(made_GSD, logit_BN),
+    )  # fmt: skip
+    got = _synthetic(SimpleNamespace(groups=groups), negatives, logit_BN, hardest)  # type: ignore[arg-type]
+    for row in range(groups * width):
+        seen = [c for c in range(shared) if logit_BS[row, c] > -torch.inf]
+        if not seen:
+            assert got[row].isnan().all() and row == 5
+            continue
+        best = max(seen, key=lambda c: float(logit_BS[row, c]))
+        neighbour = min(seen, key=lambda c: (c - row) % shared)
+        assert torch.equal(got[row], made_GSD[row // width, best if hardest else neighbour])
 
 
 @pytest.mark.parametrize(("explained", "by_source"), [(1.0, True), (0.0, False)])

@@ -293,7 +293,7 @@ def test_known_positives_are_those_of_the_train_rows(tiny_graph: GraphArrays) ->
 def test_a_shared_pool_holds_the_groups_positives_and_what_was_made_of_some(
     tiny_graph: GraphArrays, world: World
 ) -> None:
-    shared = {"share": "group"}
+    shared = {"share": "group", "margin": None}
     sampler, _ = _with_known_network(
         tiny_graph, world, negatives=shared, generator={"levels": (10, 14), "train_share": 0.25}
     )
@@ -312,6 +312,30 @@ def test_a_shared_pool_holds_the_groups_positives_and_what_was_made_of_some(
             out = column < 128 or source == 3
             expected = -torch.inf if out else float(mean @ latents.user_BD[row]) + math.log(4)
             assert logits[row, column].item() == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+def test_a_row_leaves_out_what_its_user_likes_nearly_as_much_as_the_positive(
+    tiny_graph: GraphArrays, world: World, margin: float
+) -> None:
+    config = _config(
+        negatives={"share": "group", "margin": margin},
+        generator={"levels": (10, 14), "train_share": 0.25},
+    )
+    latents = replace(_latents(), candidate_BMD=torch.empty(256, 0, 8))
+    made = CNSDiffSampler(config, tiny_graph, 3, world).negatives(latents, _draws(), 0.5)
+    assert made.pool is not None and made.hard_BD is not None
+    cosine = torch.nn.functional.cosine_similarity
+    for row in range(0, 256, 5):
+        user = latents.user_BD[row]
+        bound = cosine(user, latents.positive_BD[row], dim=0) - margin
+        for column, vector in enumerate(made.hard_BD.view(2, 64, 8)[row // 128]):
+            out = made.pool.offset_BP[row, 128 + column] == -torch.inf
+            assert torch.equal(made.pool.vector_GPD[row // 128, 128 + column], vector)
+            if abs(cosine(user, vector, dim=0) - bound) > 1e-5:
+                assert out == (cosine(user, vector, dim=0) > bound)
+    left_out = (made.pool.offset_BP[:, 128:] == -torch.inf).float().mean()
+    assert 0.05 < left_out < 0.99
 
 
 def test_the_generator_learns_from_a_share_of_each_group(

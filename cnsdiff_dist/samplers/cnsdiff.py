@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cnsdiff_dist import losses
 from cnsdiff_dist.config import Config
@@ -56,9 +57,12 @@ class CNSDiffSampler:
         """Negatives from one reverse chain per row, and the diffusion loss."""
         if self._negatives.share == "group":
             made = self.generate(latents, draws, whole=False)
+            made_GSD = torch.cat(
+                [rows.unflatten(0, (latents.groups, -1)) for rows in made.vector_LbD], dim=1
+            )
             return Negatives(
-                latents.candidate_BMD, pool=self._pool(made.vector_LbD, latents),
-                hard_BD=made.vector_LbD[0], terms=made.terms, observed=made.observed,
+                latents.candidate_BMD, pool=self._pool(made_GSD, latents),
+                hard_BD=made_GSD.flatten(0, 1), terms=made.terms, observed=made.observed,
             )  # fmt: skip
         made = self.generate(latents, draws, whole=True)
         hard_BD = hardest(made.vector_LbD, latents.user_BD)
@@ -123,22 +127,25 @@ class CNSDiffSampler:
         zt_BD = q_sample(z0_BD, t_B, noise_BD, self._schedule)
         return reverse_levels(self._denoise(user_BD, environment_B), zt_BD, levels, self._schedule)
 
-    def _pool(self, made_LbD: Tensor, latents: Latents) -> Pool:
-        """The group's positives and what was generated from some of them.
+    def _pool(self, made_GSD: Tensor, latents: Latents) -> Pool:
+        """The group's positives and what was generated from some of them, [groups, G + S, D].
 
-        [groups, G + levels x b / groups, D]. A generated vector stands for as many as there
-        are rows for each that was generated from: the log of that is its offset.
+        A generated vector stands for as many as there are rows for each that was generated
+        from: the log of that is its offset. One that the user likes as much as the positive,
+        or nearly, is left out of the row: it may well be a positive that was not seen.
         """
-        groups = latents.groups
-        parts = [latents.positive_BD, *made_LbD]
-        weight_GB = latents.weight.view(groups, -1)
-        made_GB = weight_GB[:, : made_LbD.shape[1] // groups]
-        share = weight_GB.shape[1] / made_GB.shape[1]
-        offset_GB = torch.full_like(made_GB, math.log(share)).masked_fill(made_GB == 0, -torch.inf)
-        offset_BP = offset_GB.repeat(1, len(made_LbD)).repeat_interleave(weight_GB.shape[1], 0)
+        weight_GB, levels = latents.weight.view(latents.groups, -1), len(self._config.levels)
+        width, made = weight_GB.shape[1], made_GSD.shape[1] // levels
+        weight_GM = weight_GB[:, :made]
+        offset_GM = torch.full_like(weight_GM, math.log(width / made))
+        offset_GM = offset_GM.masked_fill(weight_GM == 0, -torch.inf)
+        offset_BS = offset_GM.repeat(1, levels).repeat_interleave(width, 0)
+        if self._negatives.margin is not None:
+            liked_BS = too_close(made_GSD, latents, self._negatives.margin)
+            offset_BS = offset_BS.masked_fill(liked_BS, -torch.inf)
         return Pool(
-            torch.cat([rows.unflatten(0, (groups, -1)) for rows in parts], dim=1),
-            torch.cat([batch_offsets(self._known, latents), offset_BP], dim=1),
+            torch.cat([latents.positive_BD.unflatten(0, (latents.groups, -1)), made_GSD], dim=1),
+            torch.cat([batch_offsets(self._known, latents), offset_BS], dim=1),
         )
 
     def _mix_at(self, progress: float) -> tuple[float, float]:
@@ -162,6 +169,19 @@ def mixture(hard_BD: Tensor, random_BD: Tensor, mix_B: Tensor) -> Negatives:
         (mix_B1 * hard_BD + (1 - mix_B1) * random_BD)[:, None], hard_BD=hard_BD,
         contrast=(hard_BD, random_BD),
     )  # fmt: skip
+
+
+@torch.no_grad()
+def too_close(vector_GSD: Tensor, latents: Latents, margin: float) -> Tensor:
+    """Whether cos(h_u, vector) > cos(h_u, h_i) - margin, for each row and vector of its group,
+    bool [B, S]."""
+    user_BD, positive_BD = (
+        functional.normalize(rows, dim=1) for rows in (latents.user_BD, latents.positive_BD)
+    )
+    bound_B1 = (user_BD * positive_BD).sum(1, keepdim=True) - margin
+    user_GWD = user_BD.unflatten(0, (latents.groups, -1))
+    vector_GDS = functional.normalize(vector_GSD, dim=2).transpose(1, 2)
+    return torch.bmm(user_GWD, vector_GDS).flatten(0, 1) > bound_B1
 
 
 @torch.no_grad()
