@@ -3,8 +3,12 @@
 Shapes: B rows, D embedding dim, G rows of a canonical stream in a step (B = groups x G).
 """
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from cnsdiff_dist.models.diffusion import Denoise, Schedule, q_sample
@@ -24,11 +28,30 @@ def sampled_softmax(positive_B: Tensor, negative_BN: Tensor) -> Tensor:
 
     A logit of -inf leaves a negative out.
     """
-    # Written out: a row may have no negative left, of which logsumexp has no gradient.
-    with torch.no_grad():
+    loss_B: Tensor = _SampledSoftmax.apply(positive_B, negative_BN)  # type: ignore[no-untyped-call]
+    return loss_B
+
+
+class _SampledSoftmax(torch.autograd.Function):
+    """Its own gradient, so that each exponential is taken once: d loss / d s_j is the softmax's
+    p_j, which is finite also where no negative is left."""
+
+    @staticmethod
+    def forward(ctx: Any, positive_B: Tensor, negative_BN: Tensor) -> Tensor:
         top_B = torch.maximum(positive_B, negative_BN.amax(1))
-    mass_B = (negative_BN - top_B[:, None]).exp_().sum(1) + (positive_B - top_B).exp()
-    return mass_B.log() + top_B - positive_B
+        # exp of -inf takes a slow path on CPUs, 17 times exp2's.
+        part_BN = (negative_BN - top_B[:, None]).mul_(math.log2(math.e)).exp2_()
+        own_B = (positive_B - top_B).exp()
+        mass_B = part_BN.sum(1) + own_B
+        ctx.save_for_backward(part_BN, own_B, mass_B)
+        return mass_B.log() + top_B - positive_B
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_B: Tensor) -> tuple[Tensor, Tensor]:
+        part_BN, own_B, mass_B = ctx.saved_tensors
+        scale_B = grad_B / mass_B
+        return own_B * scale_B - grad_B, part_BN * scale_B[:, None]
 
 
 def l2(*rows_BD: Tensor) -> Tensor:

@@ -295,7 +295,11 @@ def test_a_shared_pool_holds_the_groups_positives_and_what_was_made_of_some(
 ) -> None:
     shared = {"share": "group", "margin": None}
     sampler, _ = _with_known_network(
-        tiny_graph, world, negatives=shared, generator={"levels": (10, 14), "train_share": 0.25}
+        tiny_graph,
+        world,
+        negatives=shared,
+        generator={"levels": (10, 14), "train_share": 0.25},
+        objective={"similarity": "dot"},
     )
     latents = replace(_latents(), candidate_BMD=torch.empty(256, 0, 8))
     latents.weight[[3, 200]] = latents.batch.weight[[3, 200]] = 0

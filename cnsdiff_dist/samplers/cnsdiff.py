@@ -35,6 +35,7 @@ class CNSDiffSampler:
 
     def __init__(self, config: Config, graph: GraphArrays, environments: int, world: World) -> None:
         self._config, self._loss, self._negatives = config.generator, config.loss, config.negatives
+        self._cosine = config.objective.similarity == "cosine"
         self._world, self._uniform = world, UniformSampler(graph)
         self._known = KnownPositives(graph)
         self._schedule = make_schedule(self._config.schedule, self._config.steps).to(world.device)
@@ -60,6 +61,8 @@ class CNSDiffSampler:
             made_GSD = torch.cat(
                 [rows.unflatten(0, (latents.groups, -1)) for rows in made.vector_LbD], dim=1
             )
+            if self._cosine:
+                made_GSD = functional.normalize(made_GSD, dim=2)
             return Negatives(
                 latents.candidate_BMD, pool=self._pool(made_GSD, latents),
                 hard_BD=made_GSD.flatten(0, 1), terms=made.terms, observed=made.observed,

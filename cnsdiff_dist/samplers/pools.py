@@ -43,7 +43,7 @@ class KnownPositives:
         self._slot[pool] = -1
         known = np.zeros((len(who), len(pool)), bool)
         known[owner[slot >= 0], slot[slot >= 0]] = True
-        return np.asarray(known[row][:, column])
+        return known[row].take(column, axis=1)
 
 
 def batch_offsets(known: KnownPositives, latents: Latents) -> Tensor:
@@ -52,7 +52,4 @@ def batch_offsets(known: KnownPositives, latents: Latents) -> Tensor:
     batch = latents.batch
     out = known.of(batch.users, batch.items, latents.groups)
     out |= np.repeat(batch.weight.reshape(latents.groups, -1) == 0, out.shape[1], axis=0)
-    device = latents.user_BD.device
-    return torch.zeros(out.shape, device=device).masked_fill(
-        torch.from_numpy(out).to(device), -torch.inf
-    )
+    return torch.where(torch.from_numpy(out).to(latents.user_BD.device), -torch.inf, 0.0)

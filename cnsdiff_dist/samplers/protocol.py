@@ -38,7 +38,8 @@ class Latents:
 @dataclass(frozen=True)
 class Pool:
     """Negatives that the rows of a group share. ``offset_BP`` is added to their logits: -inf
-    leaves a vector out for a row. ``item_GP`` as in :class:`Negatives`."""
+    leaves a vector out for a row. On cosines the vectors are unit ones. ``item_GP`` as in
+    :class:`Negatives`."""
 
     vector_GPD: Tensor
     offset_BP: Tensor
@@ -71,7 +72,8 @@ class Negatives:
     def logits(self, user_BD: Tensor, cosine: bool) -> Tensor:
         """Scores plus offsets of every negative of a row, own first: [B, N + P].
 
-        With ``cosine`` the vectors are brought to length 1: a mixture of unit vectors is not.
+        With ``cosine`` a row's own vectors are brought to length 1, which a mixture of unit
+        vectors is not; a pool's are of that length.
         """
         unit = functional.normalize if cosine else _same
         own_BN = torch.einsum("bd,bnd->bn", user_BD, unit(self.vector_BND, dim=-1))
@@ -79,7 +81,7 @@ class Negatives:
             own_BN = own_BN + self.offset_BN
         if self.pool is None:
             return own_BN
-        pool_GPD = unit(self.pool.vector_GPD, dim=-1)
+        pool_GPD = self.pool.vector_GPD
         groups = (len(pool_GPD), -1)
         offset, user = self.pool.offset_BP.unflatten(0, groups), user_BD.unflatten(0, groups)
         pool_BP = torch.baddbmm(offset, user, pool_GPD.transpose(1, 2)).flatten(0, 1)
