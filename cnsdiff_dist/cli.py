@@ -6,8 +6,10 @@ Exit codes: 0 done, 2 the user can mend it (one line says how), 130 interrupted,
 import argparse
 import logging
 import os
+import signal
 import sys
 import textwrap
+import threading
 import warnings
 
 from cnsdiff_dist.commands import (
@@ -39,6 +41,9 @@ def main(words: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = _parser().parse_args(words)
     quiet()
+    if "cleans_up" in args and threading.current_thread() is threading.main_thread():
+        # A batch system stops a job by SIGTERM: clean up as for Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args.run(args)
     except UserError as error:

@@ -536,14 +536,9 @@ def test_checkpoints_of_every_python_311_can_be_read(
     assert b"getattr" in path.read_bytes()
     open_trained(config.run.dir, None)
 
-    path.write_bytes(pickle.dumps(_Getattr()))
+    path.write_bytes(_pickled_call("builtins", "getattr", "text", "upper"))
     with pytest.raises(UserError, match="of no enum: not a checkpoint of ours"):
         open_trained(config.run.dir, None)
-
-
-class _Getattr:
-    def __reduce__(self) -> Any:
-        return getattr, ("text", "upper")
 
 
 def test_an_output_never_deletes_what_is_not_its_own(trained: Path, tmp_path: Path) -> None:

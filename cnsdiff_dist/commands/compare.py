@@ -2,8 +2,6 @@
 
 import argparse
 import os
-import signal
-import threading
 from typing import TYPE_CHECKING
 
 from cnsdiff_dist.errors import UserError
@@ -36,7 +34,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="runs side by side; default: 1"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, cleans_up=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,9 +48,6 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--processes {args.processes}: at least 1")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare starts its own processes; run it without torchrun")
-    if threading.current_thread() is threading.main_thread():
-        # A batch system stops a job by SIGTERM: take the workers along, as for Ctrl-C.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     suite = load_suite(args.suite, args.out)
     storage.refuse_secrets(suite.out)
     for name, entry in suite.datasets.items():

@@ -1,9 +1,7 @@
 """``cnsdiff prepare``: raw interaction logs to a dataset directory."""
 
 import argparse
-import signal
 import sys
-import threading
 
 from cnsdiff_dist.data.prepare import Recipe, prepare
 from cnsdiff_dist.data.readers import FORMATS, ROLES, LogFormat
@@ -51,7 +49,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="SIZE",
         help="memory for sorts and joins; beyond it they spill to disk (default %(default)s)",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, cleans_up=True)
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
@@ -180,9 +178,6 @@ def run(args: argparse.Namespace) -> None:
         UserError: the options do not fit together, or the input or output is bad.
     """
     recipe = recipe_from(args)
-    if threading.current_thread() is threading.main_thread():
-        # A batch system stops a job by SIGTERM: clean up as for Ctrl-C.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(summary(prepare(recipe, lambda line: print(line, file=sys.stderr, flush=True))))
 
 

@@ -75,8 +75,8 @@ class Negatives:
         With ``cosine`` a row's own vectors are brought to length 1, which a mixture of unit
         vectors is not; a pool's are of that length.
         """
-        unit = functional.normalize if cosine else _same
-        own_BN = torch.einsum("bd,bnd->bn", user_BD, unit(self.vector_BND, dim=-1))
+        own_BND = functional.normalize(self.vector_BND, dim=-1) if cosine else self.vector_BND
+        own_BN = torch.einsum("bd,bnd->bn", user_BD, own_BND)
         if self.offset_BN is not None:
             own_BN = own_BN + self.offset_BN
         if self.pool is None:
@@ -86,10 +86,6 @@ class Negatives:
         offset, user = self.pool.offset_BP.unflatten(0, groups), user_BD.unflatten(0, groups)
         pool_BP = torch.baddbmm(offset, user, pool_GPD.transpose(1, 2)).flatten(0, 1)
         return torch.cat([own_BN, pool_BP], dim=1) if own_BN.shape[1] else pool_BP
-
-
-def _same(rows: Tensor, dim: int) -> Tensor:
-    return rows
 
 
 class Sampler(Protocol):
