@@ -47,7 +47,7 @@ def main() -> None:
     for step in range(3 + args.steps):
         for kind, trainer in trainers.items():
             started = time.perf_counter()
-            trainer.step(batches[step % len(batches)])
+            trainer.step(trainer.loader.prepare(batches[step % len(batches)]))
             seconds[kind].append(time.perf_counter() - started)
     medians = {kind: 1000 * statistics.median(values[3:]) for kind, values in seconds.items()}
     ratios = {kind: round(value / medians["uniform"], 2) for kind, value in medians.items()}

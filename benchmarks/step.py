@@ -28,6 +28,7 @@ from cnsdiff_dist.config import Config, load_config
 from cnsdiff_dist.data.dataset import load_manifest, read_split
 from cnsdiff_dist.data.graph import GraphArrays, open_graph
 from cnsdiff_dist.data.schema import Manifest
+from cnsdiff_dist.data.stream import Batch
 from cnsdiff_dist.evaluator import Evaluator
 from cnsdiff_dist.metrics import Interactions
 from cnsdiff_dist.trainer import Trainer
@@ -68,12 +69,12 @@ def compare_steps(
     published = PublishedStep([set(r.tolist()) for r in rows], manifest.users, manifest.items)
     batches = [b for b in trainer.stream.batches(0) if len(b.users) == config.train.batch]
     for batch in batches[:3]:
-        trainer.step(batch)
+        _step(trainer, batch)
         published.step(batch.users, batch.items)
     ours, theirs = [], []
     for step in range(steps):
         batch = batches[step % len(batches)]
-        ours.append(_seconds(partial(trainer.step, batch)))
+        ours.append(_seconds(partial(_step, trainer, batch)))
         theirs.append(_seconds(partial(published.step, batch.users, batch.items)))
     parts = time_parts(trainer, batches[:steps])
     floors = floor_milliseconds(config, manifest, graph)
@@ -85,6 +86,11 @@ def compare_steps(
             name: {"ms": round(parts[name], 2), "floor_ms": floors.get(name)} for name in PARTS
         },
     }
+
+
+def _step(trainer: Trainer, batch: Batch) -> None:
+    """With what the loader's threads would have made ahead."""
+    trainer.step(trainer.loader.prepare(batch))
 
 
 def time_parts(trainer: Trainer, batches: list[Any]) -> dict[str, float]:
@@ -108,7 +114,7 @@ def time_parts(trainer: Trainer, batches: list[Any]) -> dict[str, float]:
     timed(trainer.sampler, "negatives", "negatives")
     timed(trainer.dense, "backward", "backward")
     timed(trainer.dense, "step", "engine step")
-    whole = [_seconds(partial(trainer.step, batch)) for batch in batches]
+    whole = [_seconds(partial(_step, trainer, batch)) for batch in batches]
     parts = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
     parts["the rest"] = 1000 * statistics.median(whole) - sum(parts.values())
     return parts

@@ -4,7 +4,7 @@ An objective that takes popularity out learns log p(i|u) / p(i); the environment
 will be shown comes back as one more dimension of the vectors, so that the same dot product,
 and any index built on it, serves the adjusted score.
 
-Shapes: U users, I items, D embedding dim.
+Shapes: U users, I items, D embedding dim, R this rank's own items.
 """
 
 import json
@@ -26,6 +26,7 @@ from cnsdiff_dist.data.dataset import read_ids
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.world import World
 
 Counts = npt.NDArray[np.float64]
 _FILE = "calibration.json"
@@ -50,21 +51,23 @@ class Calibration:
 def adjusted(
     user_UD: Tensor, item_ID: Tensor, alpha: float, log_p_I: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """[U, D + 1] and [I, D + 1] whose dot product is s(u, i) + alpha log p(i); as they are for
-    alpha 0 or without p."""
+    """[U, D + 1] and [I, D + 1] whose dot product is s(u, i) + alpha log p(i), of any users and
+    items; as they are for alpha 0 or without p."""
     if alpha == 0 or log_p_I is None:
         return user_UD, item_ID
     one_U1 = torch.ones_like(user_UD[:, :1])
     return torch.cat([user_UD, one_U1], 1), torch.cat([item_ID, alpha * log_p_I[:, None]], 1)
 
 
-def log_p_train(graph: GraphArrays, device: torch.device) -> Tensor:
-    """log p(i) of the train split, each item counted once more than it occurs, float32 [I]."""
-    return _log_share(np.diff(graph.item_indptr).astype(np.float64), device)
+def log_p_train(graph: GraphArrays, world: World) -> Tensor:
+    """log p(i) of the train split, each item counted once more than it occurs, float32 [R]."""
+    own = world.own(graph.items)
+    degree = graph.item_degree(np.arange(own.start, own.stop))
+    return _log_share(degree, len(graph.user_items), graph.items)
 
 
-def log_p_exposure(url: str, data_url: str, manifest: Manifest, device: torch.device) -> Tensor:
-    """log p(i) of a Parquet or CSV table with columns ``item`` (raw id) and ``weight`` >= 0.
+def log_p_exposure(url: str, data_url: str, manifest: Manifest, world: World) -> Tensor:
+    """The same of a Parquet or CSV table with columns ``item`` (raw id) and ``weight`` >= 0.
 
     Raises:
         UserError: it cannot be read, lacks a column, has a weight that is no number or an id
@@ -89,12 +92,12 @@ def log_p_exposure(url: str, data_url: str, manifest: Manifest, device: torch.de
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"{where} row {line}: weight {value} is not a number of 0 or more")
         counts[row_of[identity]] += value
-    return _log_share(counts, device)
+    own = world.own(manifest.items)
+    return _log_share(counts[own.start : own.stop], float(counts.sum()), manifest.items)
 
 
-def _log_share(counts: Counts, device: torch.device) -> Tensor:
-    share = (counts + 1) / (counts.sum() + len(counts))
-    return torch.from_numpy(np.log(share)).float().to(device)
+def _log_share(counts: Counts, total: float, items: int) -> Tensor:
+    return torch.from_numpy(np.log((counts + 1) / (total + items))).float()
 
 
 def fit_alpha(

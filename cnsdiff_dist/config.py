@@ -23,6 +23,7 @@ class Data(Section):
     streams: int = Field(8, ge=1, description="canonical streams; every world size must divide it")
     block_rows: int = Field(65_536, ge=1, description="rows of a stream that are shuffled together")
     prefetch_blocks: int = Field(2, ge=1, description="blocks read ahead of the step")
+    workers: int = Field(1, ge=1, description="threads that sample for the steps ahead")
 
 
 class Run(Section):
@@ -34,6 +35,21 @@ class Run(Section):
 class Model(Section):
     dim: int = Field(64, ge=4, multiple_of=4, description="embedding dimension D")
     layers: int = Field(2, ge=0, description="LightGCN layers L; 0 is matrix factorisation")
+    propagation: Literal["auto", "full", "sampled"] = Field(
+        "auto", description="over the whole graph at every step, or over sampled neighbours; auto "
+        "samples above 100,000 nodes",
+    )  # fmt: skip
+    fan_out: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (15, 10), description="sampled: neighbours kept of a node, hop by hop"
+    )
+
+    @model_validator(mode="after")
+    def _a_fan_out_per_layer(self) -> Self:
+        if self.propagation != "full" and len(self.fan_out) < self.layers:
+            raise ValueError(
+                f"fan_out has {len(self.fan_out)} hops for {self.layers} layers; name one per layer"
+            )
+        return self
 
 
 class Tables(Section):

@@ -27,7 +27,7 @@ from cnsdiff_dist.samplers.protocol import Latents, Negatives
 from cnsdiff_dist.samplers.uniform import non_interacted
 from cnsdiff_dist.trained import best_commit
 from cnsdiff_dist.trainer import Trainer
-from cnsdiff_dist.world import join_world
+from cnsdiff_dist.world import World, join_world
 
 Ids = npt.NDArray[np.int64]
 FILE = "diagnostics.json"
@@ -80,7 +80,11 @@ class _Probe:
         self._config, self._manifest, self._graph = config, manifest, graph
         self._trainer, self._url = trainer, config.data.url
         self._degree = np.diff(graph.item_indptr)
-        self._user_UD, self._item_ID = trainer.recommender.encode_all()
+        own = trainer.recommender.encode_all()
+        self._user_UD, self._item_ID = (
+            _whole(rows_RD, count, trainer.world)
+            for rows_RD, count in zip(own, (graph.users, graph.items), strict=True)
+        )
         self._held_out = _held_out(self._url, manifest)
         self._truth = _Truth.beside(self._url, manifest)
 
@@ -89,10 +93,9 @@ class _Probe:
         for batch in self._trainer.stream.batches(0):
             if batch.step == steps:
                 break
-            key = (self._config.run.seed, _EPOCH, batch.step)
-            draws = Draws(key, batch.streams, batch.width, self._item_ID.device)
-            latents, negatives, _ = self._trainer.draw_negatives(batch, draws)
-            found.append(self._of_batch(latents, negatives, draws))
+            ready = self._trainer.loader.prepare(batch, _EPOCH)
+            latents, negatives, _ = self._trainer.draw_negatives(ready)
+            found.append(self._of_batch(latents, negatives, ready.draws))
         world = self._trainer.world
         result: dict[str, Any] = {"kind": self._config.negatives.kind}
         for name in found[0]:
@@ -199,6 +202,14 @@ class _Probe:
         degree = torch.from_numpy(np.log1p(self._degree)).to(score)
         degree = functional.normalize(degree - degree.mean(), dim=0)
         return float((score @ degree).square().mean())
+
+
+def _whole(rows_RD: Tensor, count: int, world: World) -> Tensor:
+    """Every rank's own rows together, [count, D]: diagnostics are for datasets of that size."""
+    each = len(world.share(count, 0))
+    padded = rows_RD.new_zeros(each, rows_RD.shape[1], device=world.device)
+    padded[: len(rows_RD)] = rows_RD
+    return world.gather(padded).flatten(0, 1)[:count]
 
 
 def _share(which_BN: Tensor, of_BN: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
-"""Full ranking of every item for every user of a split, users sharded over ranks.
+"""Full ranking of every item for every user of a split, items sharded over ranks.
 
-Shapes: B users of a chunk, U users, I items, D embedding dim, K list length.
+Each rank scores its own items for everybody's users, and the ranks' lists are merged: no rank
+holds the catalogue. Users are those that the rank owns, as in :meth:`World.own`.
+
+Shapes: B users of a chunk, E of everybody's chunks, R own rows, C own items at a time, D
+embedding dim, K list length.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +25,8 @@ from cnsdiff_dist.metrics import METRICS, Interactions, RankingSums, top_k
 from cnsdiff_dist.world import World
 
 Ids = npt.NDArray[np.int64]
+_ITEMS = 16_384  # scored at a time
+_MASKED = torch.finfo(torch.float32).min
 
 
 class Evaluator:
@@ -44,56 +51,72 @@ class Evaluator:
             Interactions.from_pairs(*read_split(url, manifest, name), shape)
             for name in self.masked[1:]
         ]
-        self._degree = np.diff(graph.item_indptr).astype(np.int64)
         users = np.flatnonzero(np.diff(self._relevant.indptr))
         if not len(users):
             raise UserError(f"split {split} is empty; choose another with --split")
-        self._users = np.array_split(users, world.size)[world.rank]
+        self._graph, self._users = graph, owned(users, manifest.users, world)
 
-    def __call__(self, user_UD: Tensor, item_ID: Tensor) -> dict[str, Any]:
-        """Metrics of the split, the same on every rank. Collective.
+    def __call__(self, user_RD: Tensor, item_RD: Tensor) -> dict[str, Any]:
+        """Metrics of the split, the same on every rank, by each rank's own vectors. Collective.
 
         Returns:
             ``users``, ``masked``, ``metrics`` and one entry per environment, least popular
             first, in ``environments``.
         """
-        return self.detailed(user_UD, item_ID)[0]
+        return self.detailed(user_RD, item_RD)[0]
 
     def detailed(
-        self, user_UD: Tensor, item_ID: Tensor
+        self, user_RD: Tensor, item_RD: Tensor
     ) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         """The same, and of this rank's users the columns ``user`` (row) and every metric."""
-        environment = self._manifest.environment_of(self._degree)
-        count = self._manifest.environments
-        sums = RankingSums(self._config.k, count, environment, self._degree)
+        manifest, own = self._manifest, self._world.own(self._manifest.items)
+        own_degree = self._graph.item_degree(np.arange(own.start, own.stop))
+        own_environment = manifest.environment_of(own_degree)
+        sums = RankingSums(self._config.k, manifest.environments, own_degree)
         ranked = rank(
-            user_UD, item_ID, self._users, self._masks, max(self._config.k),
-            self._config.users_per_chunk,
+            user_RD, item_RD, self._users, self._masks, max(self._config.k),
+            self._config.users_per_chunk, (manifest.users, manifest.items), self._world,
         )  # fmt: skip
-        for users, _, items in ranked:
-            sums.add(items, *self._relevant.of(users))
+        for found in ranked:
+            relevant_row, relevant_item = self._relevant.of(found.users)
+            environment = manifest.environment_of(self._graph.item_degree(relevant_item))
+            sums.add(found.items, relevant_row, relevant_item, environment, manifest.items)
+            sums.recommend(found.everyones - own.start)
         values = np.concatenate([np.empty((0, len(sums.ks), len(METRICS))), *sums.per_user])
         columns: dict[str, npt.NDArray[Any]] = {"user": self._users}
         for index, k in enumerate(sums.ks):
             columns |= {f"{name}@{k}": values[:, index, m] for m, name in enumerate(METRICS)}
-        sums.load(self._world.sum(sums.to_tensor().to(user_UD.device)))
-        edges = [0, *self._manifest.environment_edges, None]
+        counts = np.bincount(own_environment, minlength=manifest.environments)
+        total = self._sum(np.concatenate([sums.to_vector(), counts]))
+        sums.load(total[: -len(counts)])
+        edges = [0, *manifest.environment_edges, None]
         result = {
             "split": self.split,
             "masked": self.masked,
             "users": int(sums.users[0]),
-            "metrics": sums.result(),
+            "metrics": sums.result(manifest.items),
             "environments": [
                 {
                     "environment": e,
                     "train_degree": [edges[e], edges[e + 1]],
-                    "items": int((environment == e).sum()),
+                    "items": int(total[len(total) - len(counts) + e]),
                     **entry,
                 }
                 for e, entry in enumerate(sums.by_environment())
             ],
         }
         return result, columns
+
+    def _sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        summed = self._world.sum(torch.from_numpy(values).to(self._world.device))
+        out: npt.NDArray[np.float64] = summed.cpu().numpy()
+        return out
+
+
+def owned(users: Ids, of: int, world: World) -> Ids:
+    """Those of some users (ascending) that this rank owns, of so many rows."""
+    own = world.own(of)
+    return users[np.searchsorted(users, own.start) : np.searchsorted(users, own.stop)]
 
 
 def masked_splits(manifest: Manifest, split: str) -> list[str]:
@@ -106,20 +129,73 @@ def train_interactions(graph: GraphArrays) -> Interactions:
     return Interactions(graph.user_indptr, graph.user_items)
 
 
+@dataclass(frozen=True)
+class Ranked:
+    """Lists of this rank's ``users`` [B], best first: ``scores`` and ``items`` [B, K];
+    ``everyones`` are the items of all ranks' lists of this round, [E, K]."""
+
+    users: Ids
+    scores: npt.NDArray[np.float32]
+    items: Ids
+    everyones: Ids
+
+
 @torch.no_grad()
 def rank(
-    user_UD: Tensor, item_ID: Tensor, users: Ids, masks: list[Interactions], k: int, chunk: int
-) -> Iterator[tuple[Ids, npt.NDArray[np.float32], Ids]]:
-    """Chunks of (users [B], scores [B, K], items [B, K]), best first.
+    user_RD: Tensor, item_RD: Tensor, users: Ids, masks: list[Interactions], k: int, chunk: int,
+    shape: tuple[int, int], world: World,
+) -> Iterator[Ranked]:  # fmt: skip
+    """Rank every item for some of the users that this rank owns, up to ``chunk`` at a time;
+    ``shape`` is (users, items) of the dataset. Collective: every rank iterates to the end.
 
     Masked items score -inf; they appear only where a user has fewer than K others.
     """
-    columns = item_ID.t()
-    for start in range(0, len(users), chunk):
-        some = users[start : start + chunk]
-        score_BI = user_UD[torch.from_numpy(some).to(user_UD.device)] @ columns
-        for mask in masks:
-            row, item = (torch.from_numpy(part).to(score_BI.device) for part in mask.of(some))
-            score_BI[row, item] = -torch.inf
-        score_BK, item_BK = top_k(score_BI, k)
-        yield some, score_BK.cpu().numpy(), item_BK.cpu().numpy()
+    device, first, k = world.device, world.own(shape[0]).start, min(k, shape[1])
+    counts = world.gather(torch.tensor([len(users)], device=device))[:, 0].tolist()
+    for start in range(0, max(counts), chunk):
+        size = min(chunk, max(counts) - start)
+        some = users[start : start + size]
+        row_B1 = torch.full((size, 1), -1, device=device)
+        row_B1[: len(some), 0] = torch.from_numpy(some)
+        vector_BD = user_RD.new_zeros(size, user_RD.shape[1], device=device)
+        vector_BD[: len(some)] = user_RD[torch.from_numpy(some - first)].to(device)
+        everyone = world.gather(row_B1).flatten().cpu().numpy()
+        vector_ED = world.gather(vector_BD).flatten(0, 1)
+        own = _rank_own(vector_ED, item_RD, everyone, masks, k, world.own(shape[1]))
+        score_EK, item_EK = _merged(*own, k, world)
+        mine = slice(world.rank * size, world.rank * size + len(some))
+        lists = item_EK.cpu().numpy()
+        yield Ranked(some, score_EK[mine].cpu().numpy(), lists[mine], lists[everyone >= 0])
+
+
+def _rank_own(
+    user_ED: Tensor, item_RD: Tensor, users: Ids, masks: list[Interactions], k: int, own: range
+) -> tuple[Tensor, Tensor]:
+    """The K best of this rank's items for everybody's users, piece by piece. Fewer than K are
+    filled up with -inf; a masked item scores more than that, so that it is never lost to it."""
+    real = np.flatnonzero(users >= 0)
+    pairs = [mask.of(users[real]) for mask in masks]
+    row, item = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    row, item = real[row], item - own.start
+    best_EK = user_ED.new_full((len(user_ED), k), -torch.inf)
+    item_EK = torch.zeros_like(best_EK, dtype=torch.int64)
+    room_EC = user_ED.new_empty(len(user_ED) * _ITEMS)  # fresh memory costs more than the product
+    for start in range(0, len(own), _ITEMS):
+        piece_DC = item_RD[start : start + _ITEMS].to(user_ED.device).t()
+        score_EC = room_EC[: len(user_ED) * piece_DC.shape[1]].view(len(user_ED), -1)
+        torch.mm(user_ED, piece_DC, out=score_EC)
+        here = (item >= start) & (item < start + piece_DC.shape[1])
+        at = (torch.from_numpy(part[here]).to(user_ED.device) for part in (row, item - start))
+        score_EC[tuple(at)] = _MASKED
+        piece_EK, column_EK = top_k(score_EC, k)
+        items = torch.cat([item_EK, column_EK + (own.start + start)], 1)
+        best_EK, place_EK = torch.topk(torch.cat([best_EK, piece_EK], 1), k, dim=1)
+        item_EK = items.gather(1, place_EK)
+    return best_EK, item_EK
+
+
+def _merged(score_EK: Tensor, item_EK: Tensor, k: int, world: World) -> tuple[Tensor, Tensor]:
+    """The K best of all ranks' lists."""
+    scores, items = (world.gather(part).transpose(0, 1).flatten(1) for part in (score_EK, item_EK))
+    best_EK, place_EK = torch.topk(scores, k, dim=1)
+    return best_EK.masked_fill(best_EK <= _MASKED, -torch.inf), items.gather(1, place_EK)

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cnsdiff_dist.data.graph import before
+
 METRICS = ("recall", "ndcg", "hit", "precision")
 
 
@@ -46,14 +48,9 @@ class Interactions:
         self, users: npt.NDArray[np.int64], items: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.bool_]:
         """Whether each (user, item) is a pair of the split, by bisection, bool [B]."""
-        low = np.asarray(self.indptr[users])
-        high = end = np.asarray(self.indptr[users + 1])
-        last = max(len(self.items) - 1, 0)
-        for _ in range(int((high - low).max(initial=0)).bit_length()):
-            open_, middle = low < high, (low + high) // 2
-            before = open_ & (self.items[np.minimum(middle, last)] < items)
-            low, high = np.where(before, middle + 1, low), np.where(open_ & ~before, middle, high)
-        return (low < end) & (self.items[np.minimum(low, last)] == items)
+        end = np.asarray(self.indptr[users + 1])
+        low = before(self.items, np.asarray(self.indptr[users]), end, items)
+        return (low < end) & (self.items[np.minimum(low, max(len(self.items) - 1, 0))] == items)
 
 
 def top_k(score_BI: Tensor, k: int, group: int = 64) -> tuple[Tensor, Tensor]:
@@ -87,30 +84,37 @@ class RankingSums:
 
     Args:
         ks: the list lengths K.
-        environment: int64 [I], the environment of each item; E = its maximum + 1 or more.
-        degree: int64 [I], the train degree of each item.
+        environments: E.
+        own_degree: int64, the train degrees of the items whose recommendations are counted here.
     """
 
     def __init__(
-        self,
-        ks: tuple[int, ...],
-        environments: int,
-        environment: npt.NDArray[np.int64],
-        degree: npt.NDArray[np.int64],
+        self, ks: tuple[int, ...], environments: int, own_degree: npt.NDArray[np.int64]
     ) -> None:
-        self.ks, self._environment, self._degree = ks, environment, degree
+        self.ks, self._degree = ks, own_degree
         # Slot 0 is all items together, slot 1 + e is environment e.
         self.users = np.zeros(1 + environments)
         self.sums = np.zeros((1 + environments, len(ks), len(METRICS)))
-        self.recommended = np.zeros((len(ks), len(degree)))
+        self._recommended = np.zeros((len(ks), len(own_degree)), np.int64)
+        # Per K: items recommended to anyone, recommendations, and the sum of their degrees.
+        self.shown = np.zeros((len(ks), 3))
         # This rank's users, a chunk at a time: [users, ks, METRICS].
         self.per_user: list[npt.NDArray[np.float64]] = []
+
+    def recommend(self, own_BK: npt.NDArray[np.int64]) -> None:
+        """Count what is recommended of the items at 0..len(own_degree) - 1; others are not."""
+        inside = (own_BK >= 0) & (own_BK < len(self._degree))
+        for index, k in enumerate(self.ks):
+            found = own_BK[:, :k][inside[:, :k]]
+            self._recommended[index] += np.bincount(found, minlength=len(self._degree))
 
     def add(
         self,
         ranked_BK: npt.NDArray[np.int64],
         relevant_row: npt.NDArray[np.int64],
         relevant_item: npt.NDArray[np.int64],
+        environment: npt.NDArray[np.int64],
+        items: int,
     ) -> None:
         """Count users who have at least one relevant item.
 
@@ -118,19 +122,18 @@ class RankingSums:
             ranked_BK: recommended items, best first, K >= max(ks) or all items.
             relevant_row: position in 0..B-1 of each relevant pair, ascending.
             relevant_item: its item, ascending within a row.
+            environment: its item's environment.
+            items: of the catalogue.
         """
-        users, items = len(ranked_BK), len(self._degree)
+        users = len(ranked_BK)
         keys = relevant_row * items + relevant_item
         ranked_keys = np.arange(users)[:, None] * items + ranked_BK
-        place = np.minimum(np.searchsorted(keys, ranked_keys), max(len(keys) - 1, 0))
-        hit_BK = keys[place] == ranked_keys if len(keys) else np.zeros(ranked_BK.shape, bool)
-        counted = np.bincount(relevant_row, minlength=users) > 0
-        for index, k in enumerate(self.ks):
-            self.recommended[index] += np.bincount(ranked_BK[counted, :k].ravel(), minlength=items)
+        place_BK = np.minimum(np.searchsorted(keys, ranked_keys), max(len(keys) - 1, 0))
+        hit_BK = keys[place_BK] == ranked_keys if len(keys) else np.zeros(ranked_BK.shape, bool)
         self.per_user.append(self._add_slot(0, hit_BK, relevant_row))
         for e in range(len(self.users) - 1):
-            inside = self._environment[relevant_item] == e
-            hit_in_e = hit_BK & (self._environment[ranked_BK] == e)
+            inside = environment == e
+            hit_in_e = hit_BK & inside[place_BK] if len(keys) else hit_BK
             self._add_slot(1 + e, hit_in_e, relevant_row[inside])
 
     def _add_slot(
@@ -152,28 +155,28 @@ class RankingSums:
         self.sums[slot] += values.sum(0)
         return values
 
-    def to_tensor(self) -> Tensor:
-        """Everything in one float64 vector, to be summed over ranks."""
-        parts = [self.users, self.sums.ravel(), self.recommended.ravel()]
-        return torch.from_numpy(np.concatenate(parts))
+    def to_vector(self) -> npt.NDArray[np.float64]:
+        """Everything in one vector, to be summed over ranks that count different items."""
+        count = self._recommended
+        shown = np.stack([(count > 0).sum(1), count.sum(1), count @ self._degree], axis=1)
+        return np.concatenate([self.users, self.sums.ravel(), shown.ravel().astype(np.float64)])
 
-    def load(self, total: Tensor) -> None:
-        """Take the sums over ranks back from :meth:`to_tensor`'s layout."""
-        values = total.cpu().numpy()
+    def load(self, values: npt.NDArray[np.float64]) -> None:
+        """Take the sums over ranks back from :meth:`to_vector`'s layout."""
         cuts = np.cumsum([self.users.size, self.sums.size])
-        users, sums, recommended = np.split(values, cuts)
+        users, sums, shown = np.split(values, cuts)
         self.users, self.sums = users, sums.reshape(self.sums.shape)
-        self.recommended = recommended.reshape(self.recommended.shape)
+        self.shown = shown.reshape(self.shown.shape)
 
-    def result(self) -> dict[str, float]:
-        """Means over users: ``recall@20``, ``coverage@20`` (share of the catalogue that is
-        recommended to anyone), ``popularity@20`` (mean train degree of what is recommended).
+    def result(self, items: int) -> dict[str, float]:
+        """Means over users: ``recall@20``, ``coverage@20`` (share of the catalogue of so many
+        items that is recommended to anyone), ``popularity@20`` (mean train degree of what is
+        recommended). After :meth:`load`.
         """
         out = self._means(0)
-        for index, k in enumerate(self.ks):
-            count = self.recommended[index]
-            out[f"coverage@{k}"] = float((count > 0).mean())
-            out[f"popularity@{k}"] = float(count @ self._degree / max(count.sum(), 1))
+        for k, (distinct, count, degrees) in zip(self.ks, self.shown.tolist(), strict=True):
+            out[f"coverage@{k}"] = distinct / items
+            out[f"popularity@{k}"] = degrees / max(count, 1)
         return out
 
     def by_environment(self) -> list[dict[str, float]]:

@@ -1,7 +1,9 @@
 """The model a run trains: sharded tables under a LightGCN encoder.
 
-Shapes: B rows, D embedding dim, U users, I items, N nodes of a block (users first).
+Shapes: B rows, D embedding dim, N nodes of a block (users first); R this rank's own rows.
 """
+
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,67 +14,77 @@ from torch.nn import functional
 from cnsdiff_dist import losses
 from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.graph import GraphArrays
-from cnsdiff_dist.data.schema import Manifest
-from cnsdiff_dist.models.lightgcn import Block, full_block, propagate
+from cnsdiff_dist.models.lightgcn import (
+    Block,
+    full_block,
+    full_position,
+    propagate,
+    sampled_block,
+)
+from cnsdiff_dist.parallel.propagation import propagate_own
 from cnsdiff_dist.parallel.sparse import ShardedTables
 from cnsdiff_dist.world import World
 
 Ids = npt.NDArray[np.int64]
+AUTO_NODES = 100_000
+"""Up to this many nodes ``model.propagation=auto`` propagates over the whole graph."""
 
 
 class Recommender:
-    def __init__(
-        self, config: Config, manifest: Manifest, graph: GraphArrays, world: World
-    ) -> None:
+    def __init__(self, config: Config, graph: GraphArrays, world: World) -> None:
         self.tables = ShardedTables(
-            manifest.users, manifest.items, config.model.dim, config.tables, config.run.seed, world
-        )
-        self._layers, self._device = config.model.layers, world.device
-        self._objective = config.objective
-        self._shape = (manifest.users, manifest.items)
-        self._whole = full_block(graph, self._layers, world.device) if self._layers else None
+            graph.users, graph.items, config.model.dim, config.tables, config.data.streams,
+            config.run.seed, world,
+        )  # fmt: skip
+        self._layers, self._fan_out = config.model.layers, config.model.fan_out
+        self._objective, self._graph, self._world = config.objective, graph, world
+        self._whole: Block | None = None
+        if self._layers and not is_sampled(config, graph.users + graph.items):
+            none = np.empty(0, np.int64)
+            self._whole = full_block(graph, none, none).to(world.device)
 
-    def encode(self, users: Ids, items: Ids) -> tuple[Tensor, Tensor, Tensor]:
-        """Encoder outputs of users [len(users), D] and items [len(items), D] as the objective
-        sees them, and the half squared norms [both] of the table rows beneath them (what L2
-        regularises).
-
-        One table lookup: each row once, however often its id occurs.
+    def block(self, users: Ids, items: Ids, key: tuple[int, int, int]) -> Block:
+        """What :meth:`encode` needs for some users and items, on the host; ``key`` is (seed,
+        epoch, step). Reads no parameter, so that it can be made ahead.
 
         Raises:
             UserError: an id is out of range.
         """
         for table, ids in (("user", users), ("item", items)):
             self.tables.refuse_out_of_range(table, ids)
-        block, position = self._block(users, items)
-        ego_ND = self.tables.lookup(block.users, block.items)
-        h_ND = propagate(block, ego_ND, self._layers)
-        user_BD, item_BD = h_ND.index_select(0, position).split([len(users), len(items)])
-        half_square = losses.l2(ego_ND).index_select(0, position)
-        return *self._scored(user_BD, item_BD), half_square
+        if self._whole is not None:
+            position = full_position(self._graph, users, items)
+            return replace(self._whole, position=position)
+        return sampled_block(self._graph, users, items, self._fan_out[: self._layers], key)
 
-    def _scored(self, user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Encoder outputs of the users and items asked for, users first [both, D], and the half
+        squared norms [both] of the table rows beneath them (what L2 regularises).
+
+        One table lookup: each row once, however often its id occurs. :meth:`scored` makes the
+        outputs what the objective sees.
+        """
+        block = block.to(self._world.device)
+        ego_ND = self.tables.lookup(block.users, block.items)
+        h_TD = propagate(block, ego_ND, self._layers)
+        asked_TD = ego_ND if block.targets is None else ego_ND.index_select(0, block.targets)
+        half_square = losses.l2(asked_TD).index_select(0, block.position)
+        return h_TD.index_select(0, block.position), half_square
+
+    def scored(self, user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors whose dot product is the score: similarity over temperature."""
         if self._objective.similarity == "cosine":
             user, item = functional.normalize(user), functional.normalize(item)
         return user / self._objective.temperature, item
 
-    def _block(self, users: Ids, items: Ids) -> tuple[Block, Tensor]:
-        """The block a batch needs and the rows' places in it."""
-        if self._whole is not None:
-            position = np.concatenate([users, items + self._shape[0]])
-            return self._whole, torch.from_numpy(position).to(self._device)
-        own = [np.unique(ids, return_inverse=True) for ids in (users, items)]
-        nodes = [torch.from_numpy(ids).to(self._device) for ids, _ in own]
-        position = np.concatenate([own[0][1], own[1][1] + len(own[0][0])])
-        return Block(nodes[0], nodes[1], None), torch.from_numpy(position).to(self._device)
-
     @torch.no_grad()
     def encode_all(self) -> tuple[Tensor, Tensor]:
-        """Every user's and item's vector, [U, D] and [I, D], as the objective sees them: their
-        dot product is the score. Collective."""
-        users, items = (torch.arange(rows, device=self._device) for rows in self._shape)
-        block = self._whole or Block(users, items, None)
-        h_ND = propagate(block, self.tables.lookup(block.users, block.items), self._layers)
-        user_UD, item_ID = h_ND.split(list(self._shape))
-        return self._scored(user_UD, item_ID)
+        """This rank's own users and items, [R, D] each, propagated exactly, as the objective
+        sees them: their dot product is the score. On the host. Collective."""
+        return self.scored(*propagate_own(self.tables, self._graph, self._layers, self._world))
+
+
+def is_sampled(config: Config, nodes: int) -> bool:
+    """Whether training samples neighbours, or propagates over the whole graph at every step."""
+    kind = config.model.propagation
+    return kind == "sampled" or (kind == "auto" and nodes > AUTO_NODES)

@@ -1,6 +1,6 @@
 """A trained run, opened for reading: its best checkpoint's embeddings.
 
-Shapes: U users, I items, D embedding dim.
+Shapes: R rows that this rank owns, D embedding dim.
 """
 
 import math
@@ -33,8 +33,9 @@ from cnsdiff_dist.world import World, join_world
 
 @dataclass(frozen=True)
 class Trained:
-    """``user_UD`` and ``item_ID`` are whole on each rank, their dot product the score at
-    ``step``; ``alpha`` is the adjustment under which validation selected it."""
+    """``user_RD`` and ``item_RD`` are this rank's own rows (:meth:`World.own`), their dot
+    product the score at ``step``; ``alpha`` is the adjustment under which validation selected
+    it."""
 
     config: Config
     data_url: str
@@ -44,8 +45,8 @@ class Trained:
     run_url: str
     step: int
     alpha: float
-    user_UD: Tensor
-    item_ID: Tensor
+    user_RD: Tensor
+    item_RD: Tensor
 
     def evaluator(self, split: str, evaluation: Evaluation | None = None) -> Evaluator:
         """Of a split, with the lists that the run's config asks for unless others are given."""
@@ -55,11 +56,10 @@ class Trained:
         )  # fmt: skip
 
     def log_p(self, exposure: str | None) -> Tensor:
-        """log p_env(i) of the train split, or of a table of recent exposure, [I]."""
-        device = self.item_ID.device
+        """log p_env(i) of the train split, or of a table of recent exposure, [R]."""
         if exposure is None:
-            return log_p_train(self.graph, device)
-        return log_p_exposure(exposure, self.data_url, self.manifest, device)
+            return log_p_train(self.graph, self.world)
+        return log_p_exposure(exposure, self.data_url, self.manifest, self.world)
 
     def with_alpha(self, alpha: str | float) -> tuple["Trained", float]:
         """Itself with vectors that score with the adjustment, and the alpha that is used.
@@ -79,9 +79,9 @@ class Trained:
             exposure, value = found.exposure, found.alpha
         else:
             value = self.alpha
-        log_p_I = self.log_p(exposure) if value else None
-        vectors = adjusted(self.user_UD, self.item_ID, value, log_p_I)
-        return replace(self, user_UD=vectors[0], item_ID=vectors[1]), value
+        log_p_R = self.log_p(exposure) if value else None
+        vectors = adjusted(self.user_RD, self.item_RD, value, log_p_R)
+        return replace(self, user_RD=vectors[0], item_RD=vectors[1]), value
 
 
 def open_trained(run_url: str, data_url: str | None) -> Trained:
@@ -99,7 +99,7 @@ def open_trained(run_url: str, data_url: str | None) -> Trained:
     checkpoints = Checkpoints(run_url, world)
     commits = checkpoints.committed()
     commit = best_commit(commits, run_url)
-    recommender = Recommender(config, manifest, graph, world)
+    recommender = Recommender(config, graph, world)
     checkpoints.load(commit, {"tables": {"weights": recommender.tables.weights()}})
     alpha = float(commits[-1].record["progress"].get("best_alpha", 0.0))
     vectors = recommender.encode_all()
@@ -118,10 +118,10 @@ def calibrate(
     train = model.config.train
     split, metric = split or train.select_split, metric or train.select_metric
     evaluator = model.evaluator(split)
-    log_p_I = model.log_p(exposure)
+    log_p_R = model.log_p(exposure)
 
     def evaluate(alpha: float) -> dict[str, float]:
-        vectors = adjusted(model.user_UD, model.item_ID, alpha, log_p_I)
+        vectors = adjusted(model.user_RD, model.item_RD, alpha, log_p_R)
         metrics: dict[str, float] = evaluator(*vectors)["metrics"]
         if metric not in metrics:
             raise UserError(f"--metric {metric}: this run knows {', '.join(metrics)}")

@@ -8,7 +8,6 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +17,11 @@ from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.plan import EpochPlan, local_streams
 from cnsdiff_dist.data.schema import Manifest
-from cnsdiff_dist.data.stream import Batch, TrainStream
+from cnsdiff_dist.data.stream import TrainStream
 from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.evaluator import Evaluator
+from cnsdiff_dist.loader import Loader, Ready
 from cnsdiff_dist.parallel.checkpoint import Checkpoints, Commit
 from cnsdiff_dist.parallel.dense import DenseEngine
 from cnsdiff_dist.recommender import Recommender
@@ -59,22 +59,23 @@ class Trainer:
                 f"train.select_split={config.train.select_split}: dataset {manifest.name} has only "
                 f"{', '.join(manifest.splits)}; choose another, or prepare it with one"
             )
-        self._manifest, self._degree = manifest, np.diff(graph.item_indptr)
+        self._manifest, self._graph = manifest, graph
         data = config.data
         self._plan = EpochPlan(
             manifest.train.rows, config.train.batch, data.streams, data.block_rows, config.run.seed
         )
         streams = local_streams(data.streams, world.rank, world.size)
         self.stream = TrainStream(data.url, manifest, self._plan, streams, data.prefetch_blocks)
-        self.recommender = Recommender(config, manifest, graph, world)
+        self.recommender = Recommender(config, graph, world)
         self.sampler = make_sampler(config, graph, manifest.environments, world)
+        self.loader = Loader(config, self.stream, self.sampler, self.recommender, world.device)
         rows = config.train.batch // world.size
         self.dense = DenseEngine(self.sampler.network, config.generator, rows)
         self.sampler.network = self.dense.network
         self._evaluator = Evaluator(
             data.url, manifest, graph, config.train.select_split, config.evaluation, world
         )
-        self._log_p_I = log_p_train(graph, world.device)
+        self._log_p_R = log_p_train(graph, world)
         self.checkpoints = Checkpoints(config.run.dir, world)
         self.progress = Progress()
         self._meter = _Meter(world)
@@ -111,31 +112,29 @@ class Trainer:
         """Train until finished; ``reporter`` is rank 0's."""
         while not self.finished:
             epoch, first = divmod(self.progress.step, self._plan.steps)
-            for batch in self.stream.batches(epoch, first):
-                self._meter.add(self.step(batch))
+            for ready in self.loader.steps(epoch, first):
+                self._meter.add(self.step(ready))
                 self.progress.step += 1
                 if reporter:
                     reporter.advance()
-                self._after_step(epoch, batch.step, reporter)
+                self._after_step(epoch, ready.batch.step, reporter)
                 if self.finished:
                     break
 
-    def step(self, batch: Batch) -> dict[str, Tensor]:
+    def step(self, ready: Ready) -> dict[str, Tensor]:
         """One update of tables and generator on a global batch.
 
         Returns:
             This rank's part of each observed mean over the global batch, on the device.
         """
-        config, device = self.config, self.world.device
+        config = self.config
         self._set_learning_rates()
-        key = (config.run.seed, batch.epoch, batch.step)
-        draws = Draws(key, batch.streams, batch.width, device)
-        latents, negatives, l2_B = self.draw_negatives(batch, draws)
+        latents, negatives, l2_B = self.draw_negatives(ready)
         ranking_B, hardness_B = self._rank(latents, negatives)
         terms = {config.objective.kind: ranking_B, "l2": config.loss.l2 * l2_B, **negatives.terms}
         if config.loss.contrastive:
-            terms["contrastive"] = self._contrast(latents, negatives, draws)
-        share_B = latents.weight / batch.valid_rows
+            terms["contrastive"] = self._contrast(latents, negatives, ready.draws)
+        share_B = latents.weight / ready.batch.valid_rows
         loss = torch.stack(list(terms.values())).sum(0) @ share_B
         # Gradients are averaged over ranks; the mean over the global batch is a sum over them.
         self.dense.backward(loss * self.world.size)
@@ -145,24 +144,25 @@ class Trainer:
             observed[name] = value_B.detach() @ share_B
         return observed
 
-    def draw_negatives(self, batch: Batch, draws: Draws) -> tuple[Latents, Negatives, Tensor]:
+    def draw_negatives(self, ready: Ready) -> tuple[Latents, Negatives, Tensor]:
         """A batch encoded, its negatives, and the L2 of its table rows [B]. Collective."""
-        latents, l2_B = self._encode(batch, self.sampler.candidates(batch, draws))
+        latents, l2_B = self._encode(ready)
         progress = self.progress.step / self.total_steps
-        return latents, self.sampler.negatives(latents, draws, progress), l2_B
+        return latents, self.sampler.negatives(latents, ready.draws, progress), l2_B
 
-    def _encode(self, batch: Batch, candidates: np.ndarray) -> tuple[Latents, Tensor]:
+    def _encode(self, ready: Ready) -> tuple[Latents, Tensor]:
         """Look up and encode users, positives and candidates in one go."""
-        rows, per_row = candidates.shape
-        items = np.concatenate([batch.items, candidates.ravel()])
-        user_BD, item, half_square = self.recommender.encode(batch.users, items)
-        positive_BD, candidate = item.split([rows, rows * per_row])
-        user_B, positive_B, candidate_B = half_square.split([rows, rows, rows * per_row])
+        batch, (rows, per_row) = ready.batch, ready.candidates.shape
+        sizes = [rows, rows, rows * per_row]
+        h_TD, half_square = self.recommender.encode(ready.block)
+        user_BD, item = self.recommender.scored(*h_TD.split([rows, rows + rows * per_row]))
+        positive_BD, candidate = item.split(sizes[1:])
+        user_B, positive_B, candidate_B = half_square.split(sizes)
         device = self.world.device
-        environment = self._manifest.environment_of(self._degree[batch.items])
+        environment = self._manifest.environment_of(self._graph.item_degree(batch.items))
         latents = Latents(
             batch,
-            candidates,
+            ready.candidates,
             user_BD,
             positive_BD,
             candidate.view(rows, per_row, self.config.model.dim),
@@ -242,7 +242,7 @@ class Trainer:
         """The validation's result under the alpha that serves it best."""
         vectors, results = self.recommender.encode_all(), []
         for alpha in self.config.evaluation.alphas:
-            result = self._evaluator(*adjusted(*vectors, alpha, self._log_p_I))
+            result = self._evaluator(*adjusted(*vectors, alpha, self._log_p_R))
             results.append({**result, "metrics": {**result["metrics"], "alpha": alpha}})
         return max(results, key=lambda r: r["metrics"][self.config.train.select_metric])
 

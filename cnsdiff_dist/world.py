@@ -33,6 +33,29 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def own(self, rows: int) -> range:
+        """This rank's share of ``rows`` rows that all ranks hold together, as row-wise sharding
+        cuts them: ceil(rows / size) each, the last ranks fewer or none."""
+        return self.share(rows, self.rank)
+
+    def share(self, rows: int, rank: int) -> range:
+        each = -(-rows // self.size)
+        return range(min(rank * each, rows), min((rank + 1) * each, rows))
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Every rank's tensor of this one shape, [size, ...]."""
+        if self.size == 1:
+            return tensor[None]
+        out = tensor.new_empty((self.size, *tensor.shape))
+        dist.all_gather(list(out.unbind(0)), tensor.contiguous())
+        return out
+
+    def spread(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """Fill the tensor with that of the rank ``source``."""
+        if self.size > 1:
+            dist.broadcast(tensor, source)
+        return tensor
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value on every rank: what one process decides, all must do."""
         if self.size == 1:
@@ -44,6 +67,13 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on the device; the host does not wait for the copy to a GPU."""
+    if device.type != "cuda" or tensor.device == device:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def join_world(timeout_seconds: int) -> World:

@@ -21,8 +21,6 @@ from cnsdiff_dist.world import World
 from tests.conftest import small_config
 from tests.ranks import run_ranks
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture(scope="module")
 def run(dataset: str, world: World, tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -43,8 +41,8 @@ def test_the_extra_dimension_adds_alpha_log_p() -> None:
     assert adjusted(user, item, 0.7, None) == (user, item)
 
 
-def test_log_p_counts_every_item_once_more(tiny_graph: GraphArrays) -> None:
-    log_p = log_p_train(tiny_graph, CPU)
+def test_log_p_counts_every_item_once_more(tiny_graph: GraphArrays, world: World) -> None:
+    log_p = log_p_train(tiny_graph, world)
     assert torch.allclose(log_p.exp(), torch.tensor([4, 4, 3, 2]) / 13)
 
 
@@ -64,17 +62,17 @@ def _exposure(dataset: str, folder: Path, **columns: list[object]) -> str:
     return str(path)
 
 
-def test_a_table_of_exposure(dataset: str, tmp_path: Path) -> None:
+def test_a_table_of_exposure(dataset: str, tmp_path: Path, world: World) -> None:
     manifest = load_manifest(dataset)
     ids = read_ids(dataset, manifest, "items")["id"].to_pylist()
     url = _exposure(dataset, tmp_path, item=[ids[3], ids[5], ids[3]], weight=[1.0, 4.0, 2.0])
-    p = log_p_exposure(url, dataset, manifest, CPU).exp() * (7 + manifest.items)
+    p = log_p_exposure(url, dataset, manifest, world).exp() * (7 + manifest.items)
     expected = np.ones(manifest.items)
     expected[3], expected[5] = 4, 5
     assert np.allclose(p.numpy(), expected, rtol=1e-4)
     csv = tmp_path / "exposure.csv"
     csv.write_text(f"item,weight\n{ids[3]},3\n{ids[5]},4\n")
-    again = log_p_exposure(str(csv), dataset, manifest, CPU).exp() * (7 + manifest.items)
+    again = log_p_exposure(str(csv), dataset, manifest, world).exp() * (7 + manifest.items)
     assert torch.allclose(p, again)
 
 
@@ -88,11 +86,11 @@ def test_a_table_of_exposure(dataset: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_table_of_exposure_is_one_line(
-    dataset: str, tmp_path: Path, columns: dict[str, list[object]], says: str
+    dataset: str, tmp_path: Path, columns: dict[str, list[object]], says: str, world: World
 ) -> None:
     url = _exposure(dataset, tmp_path, **columns)
     with pytest.raises(UserError, match=says):
-        log_p_exposure(url, dataset, load_manifest(dataset), CPU)
+        log_p_exposure(url, dataset, load_manifest(dataset), world)
 
 
 def test_calibration_is_used_by_evaluate_export_and_recommend(
@@ -113,7 +111,7 @@ def test_calibration_is_used_by_evaluate_export_and_recommend(
         model.data_url, model.manifest, model.graph, "valid_ood", model.config.evaluation,
         model.world,
     )  # fmt: skip
-    vectors = adjusted(model.user_UD, model.item_ID, alpha, log_p_train(model.graph, CPU))
+    vectors = adjusted(model.user_RD, model.item_RD, alpha, log_p_train(model.graph, model.world))
     assert evaluator(*vectors)["metrics"]["recall@20"] == pytest.approx(curve[alpha])
 
     assert main(["evaluate", run, "--split", "test_ood", "--json"]) == 0
@@ -192,4 +190,4 @@ def test_the_validation_tries_every_alpha_and_the_best_counts(run: str) -> None:
 
 
 def model_vectors(model, alpha):  # type: ignore[no-untyped-def]
-    return adjusted(model.user_UD, model.item_ID, alpha, log_p_train(model.graph, CPU))
+    return adjusted(model.user_RD, model.item_RD, alpha, log_p_train(model.graph, model.world))

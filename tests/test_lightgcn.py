@@ -3,7 +3,11 @@ import pytest
 import torch
 
 from cnsdiff_dist.data.graph import GraphArrays
-from cnsdiff_dist.models.lightgcn import full_block, propagate
+from cnsdiff_dist.models.lightgcn import Block, full_block, propagate
+
+
+def _whole(graph: GraphArrays) -> Block:
+    return full_block(graph, np.array([0, 3]), np.array([2]))
 
 
 def _dense(graph: GraphArrays) -> torch.Tensor:
@@ -22,7 +26,7 @@ def _dense(graph: GraphArrays) -> torch.Tensor:
 def test_propagation_is_the_mean_of_dense_matrix_powers(
     tiny_graph: GraphArrays, layers: int
 ) -> None:
-    block = full_block(tiny_graph, layers, torch.device("cpu"))
+    block = _whole(tiny_graph)
     embedding = torch.randn(9, 4, requires_grad=True)
     out = propagate(block, embedding, layers)
     powers = sum(torch.linalg.matrix_power(_dense(tiny_graph), k) for k in range(layers + 1))
@@ -35,12 +39,12 @@ def test_propagation_is_the_mean_of_dense_matrix_powers(
 
 
 def test_isolated_nodes_keep_a_share_of_their_own_embedding(tiny_graph: GraphArrays) -> None:
-    out = propagate(full_block(tiny_graph, 2, torch.device("cpu")), torch.ones(9, 4), 2)
+    out = propagate(_whole(tiny_graph), torch.ones(9, 4), 2)
     assert torch.allclose(out[3], torch.full((4,), 1 / 3))
 
 
 def test_users_come_first_then_items(tiny_graph: GraphArrays) -> None:
-    block = full_block(tiny_graph, 1, torch.device("cpu"))
+    block = _whole(tiny_graph)
     assert block.users.tolist() == list(range(5)) and block.items.tolist() == list(range(4))
     assert block.operator is not None
     assert np.allclose(block.operator.to_dense()[:5, :5], 0)

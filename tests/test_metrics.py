@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cnsdiff_dist.evaluator import rank
 from cnsdiff_dist.metrics import Interactions, RankingSums, top_k
+from cnsdiff_dist.world import World
 
 KS = (2, 5)
 
@@ -33,12 +34,15 @@ def test_metrics_equal_brute_force(seed: int, users: int, items: int, density: f
     environment, degree = generator.integers(3, size=items), generator.integers(1, 9, size=items)
     ranked = np.argsort(generator.random((users, items)), axis=1)[:, : max(KS)]
     split = Interactions.from_pairs(*np.nonzero(relevant), (users, items))
-    sums = RankingSums(KS, 3, environment, degree)
-    for chunk in np.array_split(np.arange(users), 2):
-        sums.add(ranked[chunk], *split.of(chunk))
-    result, parts = sums.result(), sums.by_environment()
-
+    # Two ranks, each with half of the users and of the items that it counts.
+    halves = [RankingSums(KS, 3, degree[: items // 2]), RankingSums(KS, 3, degree[items // 2 :])]
     counted = [u for u in range(users) if relevant[u].any()]
+    for sums, chunk, first in zip(halves, np.array_split(np.arange(users), 2), (0, items // 2)):
+        row, item = split.of(chunk)
+        sums.add(ranked[chunk], row, item, environment[item], items)
+        sums.recommend(ranked[counted] - first)
+    sums.load(halves[0].to_vector() + halves[1].to_vector())
+    result, parts = sums.result(items), sums.by_environment()
     for k in KS:
         wanted = [_brute(list(ranked[u]), set(np.flatnonzero(relevant[u])), k) for u in counted]
         for name in wanted[0]:
@@ -66,7 +70,7 @@ def test_top_k_by_groups_is_exact(seed: int, rows: int, columns: int, k: int) ->
     assert torch.equal(score.gather(1, indices), expected)
 
 
-def test_ranking_masks_and_orders_like_a_plain_sort() -> None:
+def test_ranking_masks_and_orders_like_a_plain_sort(world: World) -> None:
     generator = torch.Generator().manual_seed(0)
     user, item = torch.randn(9, 4, generator=generator), torch.randn(300, 4, generator=generator)
     seen = np.random.default_rng(0).random((9, 300)) < 0.3
@@ -74,24 +78,12 @@ def test_ranking_masks_and_orders_like_a_plain_sort() -> None:
         Interactions.from_pairs(*np.nonzero(part), (9, 300))
         for part in (seen & (np.arange(300) % 2 == 0), seen & (np.arange(300) % 2 == 1))
     ]
-    chunks = list(rank(user, item, np.array([8, 1, 4, 0]), masks, k=7, chunk=3))
-    assert [len(users) for users, _, _ in chunks] == [3, 1]
-    for users, scores, items in chunks:
-        for u, row_scores, row_items in zip(users, scores, items, strict=True):
+    chunks = list(rank(user, item, np.array([0, 1, 4, 8]), masks, 7, 3, (9, 300), world))
+    assert [len(found.users) for found in chunks] == [3, 1]
+    for found in chunks:
+        for u, row_scores, row_items in zip(found.users, found.scores, found.items, strict=True):
             full = (item @ user[u]).numpy()
             full[seen[u]] = -np.inf
             best = np.argsort(-full)[:7]
             assert row_items.tolist() == best.tolist()
             assert row_scores == pytest.approx(full[best], rel=1e-5)
-
-
-def test_sums_survive_the_trip_over_ranks() -> None:
-    environment, degree = np.array([0, 1, 0, 1]), np.array([4, 3, 2, 1])
-    first, second = (RankingSums((1, 2), 2, environment, degree) for _ in range(2))
-    split = Interactions.from_pairs(np.array([0, 1]), np.array([2, 3]), (2, 4))
-    first.add(np.array([[2, 0]]), *split.of(np.array([0])))
-    second.add(np.array([[0, 1]]), *split.of(np.array([1])))
-    both = RankingSums((1, 2), 2, environment, degree)
-    both.load(first.to_tensor() + second.to_tensor())
-    assert both.result()["recall@1"] == pytest.approx(0.5)
-    assert both.by_environment()[1]["users"] == 1

@@ -13,7 +13,7 @@ from cnsdiff_dist.parallel.sparse import ShardedTables
 from cnsdiff_dist.world import World, join_world
 from tests.ranks import run_ranks
 
-USERS, ITEMS, DIM, STEPS = 11, 7, 4, 5
+USERS, ITEMS, DIM, STEPS, STREAMS = 11, 7, 4, 5, 4
 
 
 def _batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -30,7 +30,7 @@ def _batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 def _train_sharded(config: Tables) -> dict[str, torch.Tensor]:
     """Each rank of W takes its share of the two halves; the full tables after some steps."""
     world = join_world(60)
-    tables = ShardedTables(USERS, ITEMS, DIM, config, seed=3, world=world)
+    tables = ShardedTables(USERS, ITEMS, DIM, config, STREAMS, seed=3, world=world)
     for step in range(STEPS):
         mine = _batches(step)[world.rank :: world.size]
         if world.size == 1:  # one lookup a step: distinct ids, rows weighted by their gradient
@@ -46,7 +46,15 @@ def _train_sharded(config: Tables) -> dict[str, torch.Tensor]:
             found, target = tables.lookup(*mine[0][:2]), mine[0][2]
         # The mean over both halves, whoever computes them.
         ((found - target).square().sum() / 2 * world.size).backward()
-    return {name: gather(tensor, world) for name, tensor in tables.weights().items()}
+    return _whole(tables, world)
+
+
+def _whole(tables: ShardedTables, world: World) -> dict[str, torch.Tensor]:
+    """The tables without their padding."""
+    return {
+        name: gather(tensor, world)[: tables.rows[name]]
+        for name, tensor in tables.weights().items()
+    }
 
 
 def gather(sharded: Any, world: World) -> torch.Tensor:
@@ -116,16 +124,43 @@ def test_two_ranks_equal_unsharded(size: int, sharding: Any) -> None:
 
 @pytest.mark.parametrize(("table", "bad"), [("user", USERS), ("item", ITEMS), ("user", -1)])
 def test_ids_out_of_range_are_refused(world: World, table: str, bad: int) -> None:
-    tables = ShardedTables(USERS, ITEMS, DIM, Tables(), 0, world)
+    tables = ShardedTables(USERS, ITEMS, DIM, Tables(), STREAMS, 0, world)
     tables.refuse_out_of_range(table, np.array([0, 1]))
     with pytest.raises(UserError, match=f"{table} ids must lie in"):
         tables.refuse_out_of_range(table, np.array([0, bad]))
 
 
-def test_more_ranks_than_rows_are_refused() -> None:
-    world = World(0, 4, torch.device("cpu"), 4)
-    with pytest.raises(UserError, match="4 ranks are too many for the item table's 5 rows"):
-        ShardedTables(USERS, 5, DIM, Tables(), 0, world)
+def _few_rows() -> tuple[torch.Tensor, torch.Tensor, int]:
+    """3 items on 4 ranks; each rank trains user and item number ``rank % 3`` towards 1."""
+    world = join_world(60)
+    tables = ShardedTables(USERS, 3, DIM, Tables(lr=0.1), STREAMS, 0, world)
+    mine = torch.tensor([world.rank % 3])
+    for _ in range(3):
+        (tables.lookup(mine, mine) - 1).square().sum().backward()
+    return _whole(tables, world)["item"], tables.own_rows("item"), len(world.own(3))
+
+
+@pytest.mark.distributed
+def test_a_rank_without_rows_of_a_table_trains_with_the_others() -> None:
+    ranks = run_ranks(4, _few_rows)
+    assert [own for _, _, own in ranks] == [1, 1, 1, 0]
+    assert torch.equal(torch.cat([rows for _, rows, _ in ranks]), ranks[0][0])
+    assert (ranks[0][0] > 0.1).all()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sharding", ["row_wise", "table_wise", "column_wise"])
+def test_each_rank_reads_its_own_rows_however_the_table_is_sharded(sharding: Any) -> None:
+    ranks = run_ranks(3, _own_rows, sharding)
+    for name in ("user", "item"):
+        assert torch.equal(torch.cat([own[name] for _, own in ranks]), ranks[0][0][name])
+
+
+def _own_rows(sharding: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    world = join_world(60)
+    config = Tables(sharding=sharding, optimizer="adagrad")
+    tables = ShardedTables(USERS, ITEMS, 12, config, 3, seed=3, world=world)
+    return _whole(tables, world), {name: tables.own_rows(name) for name in ("user", "item")}
 
 
 def test_first_rows_do_not_depend_on_the_cut() -> None:
@@ -137,23 +172,23 @@ def test_first_rows_do_not_depend_on_the_cut() -> None:
 
 
 def test_learning_rate_scale_reaches_the_fused_update(world: World) -> None:
-    tables = ShardedTables(USERS, ITEMS, DIM, Tables(optimizer="sgd", lr=1.0), 0, world)
-    before = gather(tables.weights()["user"], world)
+    tables = ShardedTables(USERS, ITEMS, DIM, Tables(optimizer="sgd", lr=1.0), STREAMS, 0, world)
+    before = _whole(tables, world)["user"]
     tables.scale_lr(0.25)
     tables.lookup(torch.arange(USERS), torch.arange(ITEMS)).sum().backward()
-    assert torch.allclose(gather(tables.weights()["user"], world), before - 0.25)
+    assert torch.allclose(_whole(tables, world)["user"], before - 0.25)
 
 
 def _first_tables(sharding: Any) -> tuple[dict[str, torch.Tensor], list[int]]:
     world = join_world(60)
     config = Tables(sharding=sharding, optimizer="adagrad")
-    tables = ShardedTables(USERS, ITEMS, 16, config, seed=3, world=world)
+    tables = ShardedTables(USERS, ITEMS, 16, config, STREAMS, seed=3, world=world)
     columns = [
         shard.metadata.shard_offsets[1]
         for sharded in tables.weights().values()
         for shard in sharded.local_shards()
     ]
-    return {name: gather(tensor, world) for name, tensor in tables.weights().items()}, columns
+    return _whole(tables, world), columns
 
 
 @pytest.mark.distributed

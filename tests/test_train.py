@@ -360,7 +360,7 @@ def test_bpr_alone_reaches_the_rows_of_its_batch(
     trainer = _trainer(config, world)
     before = {name: gather(t, world) for name, t in trainer.recommender.tables.weights().items()}
     batch = next(iter(trainer.stream.batches(0)))
-    trainer.step(batch)
+    trainer.step(trainer.loader.prepare(batch))
     after = {name: gather(t, world) for name, t in trainer.recommender.tables.weights().items()}
     moved = {name: (after[name] != before[name]).any(1) for name in before}
     assert moved["user"][batch.users].all() and moved["item"][batch.items].all()
@@ -376,7 +376,7 @@ def test_warm_up_raises_both_learning_rates_linearly(
     monkeypatch.setattr(trainer.recommender.tables, "scale_lr", seen["tables"].append)
     monkeypatch.setattr(trainer.dense, "scale_lr", seen["dense"].append)
     for batch in trainer.stream.batches(0):
-        trainer.step(batch)
+        trainer.step(trainer.loader.prepare(batch))
         trainer.progress.step += 1
     assert seen["tables"] == seen["dense"] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
@@ -417,7 +417,9 @@ def test_a_step_minimises_the_written_out_objective(
     trainer.sampler.negatives = negatives  # type: ignore[method-assign]
     draws = Draws((config.run.seed, 0, batch.step), batch.streams, batch.width, world.device)
     candidates = trainer.sampler.candidates(batch, draws)[:, 0]
-    got = {name: float(value) for name, value in trainer.step(batch).items()}
+    got = {
+        name: float(value) for name, value in trainer.step(trainer.loader.prepare(batch)).items()
+    }
     latents, made = seen["latents"], seen["made"]
     rows = [whole["user"][batch.users], whole["item"][batch.items], whole["item"][candidates]]
     weight = torch.from_numpy(batch.weight) / batch.valid_rows
@@ -437,7 +439,7 @@ def test_the_environment_is_the_positives_popularity_bucket(
 ) -> None:
     trainer = _trainer(small_config(dataset, tmp_path), world)
     batch = next(iter(trainer.stream.batches(0)))
-    latents, _ = trainer._encode(batch, np.roll(batch.items, 1)[:, None])
+    latents, _ = trainer._encode(trainer.loader.prepare(batch))
     table = pq.read_table(f"{dataset}/ids/items").sort_by("row")
     expected = table["environment"].to_numpy()[batch.items]
     assert latents.environment.tolist() == expected.tolist()
@@ -568,7 +570,7 @@ def test_a_step_draws_by_epoch_and_step_and_knows_its_progress(
         return Draws(key, *rest)
 
     trainer.sampler.negatives = negatives  # type: ignore[method-assign]
-    monkeypatch.setattr("cnsdiff_dist.trainer.Draws", draws)
+    monkeypatch.setattr("cnsdiff_dist.loader.Draws", draws)
     trainer.fit(None)
     steps = trainer._plan.steps
     assert keys == [(0, epoch, step) for epoch in range(2) for step in range(steps)]
@@ -615,7 +617,7 @@ def test_the_contrastive_noise_is_relative_to_the_length_of_the_positive(
         return anchor.sum(1)
 
     monkeypatch.setattr("cnsdiff_dist.losses.info_nce", info_nce)
-    trainer.step(next(iter(trainer.stream.batches(0))))
+    trainer.step(next(trainer.loader.steps(0)))
     assert seen[0].mean().item() == pytest.approx(0.1, rel=0.1)
 
 
@@ -625,9 +627,11 @@ def test_cosine_vectors_score_by_their_angle_over_the_temperature(
 ) -> None:
     objective = {"kind": kind, "similarity": "cosine", "temperature": 0.2}
     trainer = _trainer(small_config(dataset, tmp_path, objective=objective), world)
-    trainer.step(next(iter(trainer.stream.batches(0))))
+    trainer.step(next(trainer.loader.steps(0)))
     user_UD, item_ID = trainer.recommender.encode_all()
     assert torch.allclose(user_UD.norm(dim=1), torch.full((len(user_UD),), 5.0))
     assert torch.allclose(item_ID.norm(dim=1), torch.ones(len(item_ID)))
-    user, item, _ = trainer.recommender.encode(np.array([3, 3]), np.array([5]))
+    encoder = trainer.recommender
+    h_TD, _ = encoder.encode(encoder.block(np.array([3, 3]), np.array([5]), (0, 0, 0)))
+    user, item = encoder.scored(*h_TD.split([2, 1]))
     assert torch.allclose(user[1], user_UD[3]) and torch.allclose(item[0], item_ID[5])

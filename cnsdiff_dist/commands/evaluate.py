@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         "step": model.step,
         "dataset": model.manifest.name,
         "alpha": alpha,
-        **evaluator(model.user_UD, model.item_ID),
+        **evaluator(model.user_RD, model.item_RD),
     }
     if model.world.is_main:
         path = f"{args.run_url}/evaluations/{args.split}.json"

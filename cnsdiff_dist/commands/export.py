@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> None:
     model, alpha = open_trained(args.run_url, args.data).with_alpha(args.alpha)
     write_embeddings(model, args.url, alpha)
     if model.world.is_main:
-        users, dim = model.user_UD.shape
+        manifest, dim = model.manifest, model.user_RD.shape[1]
         print(
-            f"{users} user and {len(model.item_ID)} item embeddings of dimension {dim} "
+            f"{manifest.users} user and {manifest.items} item embeddings of dimension {dim} "
             f"written to {storage.display(args.url)}, alpha {alpha:g}"
         )

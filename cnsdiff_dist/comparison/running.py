@@ -80,11 +80,11 @@ def study(url: str, data_url: str | None = None) -> None:
 
     diagnose(url, data_url)
     model = open_trained(url, data_url)
-    log_p_I, curve = model.log_p(None), []
+    log_p_R, curve = model.log_p(None), []
     for split in (name for name in model.manifest.splits if name.startswith("test")):
         evaluator = model.evaluator(split)
         for alpha in ALPHAS:
-            vectors = adjusted(model.user_UD, model.item_ID, alpha, log_p_I)
+            vectors = adjusted(model.user_RD, model.item_RD, alpha, log_p_R)
             metrics = evaluator(*vectors)["metrics"]
             curve.append({"split": split, "alpha": alpha, "metrics": metrics})
     if model.world.is_main:
@@ -150,7 +150,7 @@ def _evaluate(url: str, data_url: str) -> dict[str, Any]:
     for split in (name for name in plain.manifest.splits if name.startswith("test")):
         evaluator = plain.evaluator(split)
         for adjustment, (model, alpha) in models.items():
-            result, users = evaluator.detailed(model.user_UD, model.item_ID)
+            result, users = evaluator.detailed(model.user_RD, model.item_RD)
             found.append({"adjustment": adjustment, "alpha": alpha, **result})
             path = f"{url}/evaluations/{split}.{adjustment}.users.parquet"
             with storage.open_write(path) as file:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -9,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cnsdiff_dist import storage
-from cnsdiff_dist.data.schema import Manifest, Shard, Split, parse_manifest
+from cnsdiff_dist.data.schema import Manifest, Shard, parse_manifest
 from cnsdiff_dist.errors import UserError
 
 Ids = npt.NDArray[np.int64]
+Side = Literal["users", "items"]
 MANIFEST = "manifest.json"
 
 
@@ -51,7 +53,7 @@ def read_split(url: str, manifest: Manifest, name: str) -> tuple[Ids, Ids]:
     return _int64(whole, "user"), _int64(whole, "item")
 
 
-def read_ids(url: str, manifest: Manifest, side: str) -> pa.Table:
+def read_ids(url: str, manifest: Manifest, side: Side) -> pa.Table:
     """The id map of ``"users"`` or ``"items"``, one line per row, in row order.
 
     Columns: ``id`` (the raw id, int64 or string), ``row``, ``degree`` (train interactions)
@@ -60,8 +62,24 @@ def read_ids(url: str, manifest: Manifest, side: str) -> pa.Table:
     Raises:
         UserError: a file is missing or damaged.
     """
-    split: Split = manifest.ids["users" if side == "users" else "items"]
-    return pa.concat_tables([_read_shard(url, shard, None) for shard in split.shards])
+    return pa.concat_tables([_read_shard(url, shard, None) for shard in manifest.ids[side].shards])
+
+
+def read_id_blocks(
+    url: str, manifest: Manifest, side: Side, rows: range
+) -> Iterator[tuple[int, pa.Array]]:
+    """The raw ids of a range of rows, (first row, ids), a file at a time.
+
+    Raises:
+        UserError: as :func:`read_ids`.
+    """
+    first = 0
+    for shard in manifest.ids[side].shards:
+        start, stop = max(rows.start, first), min(rows.stop, first + shard.rows)
+        if start < stop:
+            ids = _read_shard(url, shard, ["id"])["id"].combine_chunks()
+            yield start, ids.slice(start - first, stop - start)
+        first += shard.rows
 
 
 def _read_shard(url: str, shard: Shard, columns: list[str] | None) -> pa.Table:

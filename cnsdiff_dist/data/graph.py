@@ -16,6 +16,20 @@ Array = npt.NDArray[Any]
 INDPTR = np.dtype("<i8")
 
 
+def before(indices: Array, start: Array, stop: Array, bound: Array | int) -> Array:
+    """Of each ascending run ``indices[start:stop]`` the place of its first entry >= ``bound``.
+
+    Bisection of all runs at once, int64 of the shape of ``start``.
+    """
+    low, high = start.copy(), stop.copy()
+    last = max(len(indices) - 1, 0)
+    for _ in range(int((high - low).max(initial=0)).bit_length()):
+        open_, middle = low < high, (low + high) // 2
+        below = open_ & (indices[np.minimum(middle, last)] < bound)
+        low, high = np.where(below, middle + 1, low), np.where(open_ & ~below, middle, high)
+    return low
+
+
 @dataclass(frozen=True)
 class GraphArrays:
     """User u's train items are ``user_items[user_indptr[u] : user_indptr[u + 1]]``, ascending.
@@ -28,6 +42,19 @@ class GraphArrays:
     user_items: Array
     item_indptr: Array
     item_users: Array
+
+    @property
+    def users(self) -> int:
+        return len(self.user_indptr) - 1
+
+    @property
+    def items(self) -> int:
+        return len(self.item_indptr) - 1
+
+    def item_degree(self, items: Array) -> Array:
+        """Train interactions of some items, int64; read where they are, so that no array of the
+        catalogue's length is made."""
+        return np.asarray(self.item_indptr[items + 1]) - self.item_indptr[items]
 
 
 def open_graph(url: str, manifest: Manifest) -> GraphArrays:

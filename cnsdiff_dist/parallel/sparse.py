@@ -28,6 +28,7 @@ from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.models.tables import TABLES, embedding_tables, initial_rows
 from cnsdiff_dist.world import World
 
+_ROWS = 1 << 18
 _OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "sgd": SGD}
 
 
@@ -40,17 +41,18 @@ class ShardedTables:
     """
 
     def __init__(
-        self, users: int, items: int, dim: int, config: Tables, seed: int, world: World
+        self,
+        users: int,
+        items: int,
+        dim: int,
+        config: Tables,
+        streams: int,
+        seed: int,
+        world: World,
     ) -> None:
-        self.rows = {"user": users, "item": items}
-        for table, rows in self.rows.items():
-            if config.sharding == "row_wise" and -(-rows // world.size) * (world.size - 1) >= rows:
-                raise UserError(
-                    f"{world.size} ranks are too many for the {table} table's {rows} rows; "
-                    "use fewer, or tables.sharding=table_wise"
-                )
+        self.rows, self.dim, self._world = {"user": users, "item": items}, dim, world
         self._lr = config.lr
-        collection = embedding_tables(users, items, dim)
+        collection = embedding_tables(_padded(users, streams), _padded(items, streams), dim)
         options = {"lr": config.lr} if config.optimizer == "sgd" else {
             "lr": config.lr, "eps": config.eps,
         }  # fmt: skip
@@ -69,17 +71,18 @@ class ShardedTables:
             sharders=[sharder],
             init_data_parallel=False,
         )
-        self._initialise(dim, config.init_std, seed)
+        self._initialise(config.init_std, seed)
 
-    def _initialise(self, dim: int, std: float, seed: int) -> None:
+    def _initialise(self, std: float, seed: int) -> None:
         for table, sharded in self.weights().items():
             for shard in sharded.local_shards():
-                (row, column), (rows, columns) = (
-                    shard.metadata.shard_offsets,
-                    shard.metadata.shard_sizes,
-                )
-                first = initial_rows(table, row, row + rows, dim, std, seed)
-                shard.tensor.detach().copy_(first[:, column : column + columns])
+                first_row, first_column = shard.metadata.shard_offsets
+                rows, columns = shard.metadata.shard_sizes
+                for at in range(0, rows, _ROWS):  # a piece at a time: a shard may fill the memory
+                    start, stop = first_row + at, first_row + min(at + _ROWS, rows)
+                    first = initial_rows(table, start, stop, self.dim, std, seed)
+                    part = first[:, first_column : first_column + columns]
+                    shard.tensor[at : at + _ROWS].detach().copy_(part)
 
     def lookup(self, users: Tensor, items: Tensor) -> Tensor:
         """Table rows of distinct ids in range, users first: int64 [n_u], [n_i] -> [n_u + n_i, D].
@@ -93,6 +96,20 @@ class ShardedTables:
         )
         found = self._model(features)
         return torch.cat([found[table].values() for table in TABLES])
+
+    @torch.no_grad()
+    def own_rows(self, table: str) -> Tensor:
+        """The rows ``world.own(rows)`` of a table, float32 [R, D] on the host, however it is
+        sharded. Collective."""
+        own, device = self._world.own(self.rows[table]), self._world.device
+        found = torch.empty(len(own), self.dim)
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        for start in range(0, -(-self.rows[table] // self._world.size), _ROWS):
+            ids = own[start : start + _ROWS]  # may be none, but every rank must look
+            rows = torch.arange(ids.start, ids.stop, device=device)
+            both = (rows, none) if table == "user" else (none, rows)
+            found[start : start + len(ids)] = self.lookup(*both)
+        return found
 
     def refuse_out_of_range(self, table: str, ids: npt.NDArray[np.int64]) -> None:
         """
@@ -127,6 +144,12 @@ class ShardedTables:
             for key, value in entry.items()
         }
         return {"weights": self.weights(), "optimizer": optimizer}
+
+
+def _padded(rows: int, streams: int) -> int:
+    """Rows of a table, made a multiple of the streams: every world size divides those, so no
+    rank is without rows, and the padding, which nobody looks up, is the same at any world size."""
+    return -(-rows // streams) * streams
 
 
 def _layout(kind: str, world_size: int) -> dict[str, Any]:
