@@ -62,7 +62,7 @@ def diagnose(run_url: str, data_url: str | None = None, steps: int = 8) -> dict[
     )  # fmt: skip
     manifest = load_manifest(data_url)
     world = join_world(config.run.timeout_seconds)
-    graph = open_graph(data_url, manifest)
+    graph = open_graph(data_url, manifest, verify=world.local_rank == 0)
     trainer = Trainer(config, manifest, graph, world)
     trainer.load(best_commit(trainer.checkpoints.committed(), run_url))
     with torch.no_grad():

@@ -7,7 +7,6 @@ names the URL, without its secrets, and what to do.
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -248,7 +247,7 @@ def open_write(url: str) -> Iterator[IO[bytes]]:
     """
     with explained(url, "write"):
         if is_local(url):
-            with _replacing(local_path(url)) as file:
+            with replacing(local_path(url)) as file:
                 yield file
             return
         with tempfile.NamedTemporaryFile(prefix="cnsdiff-") as copy:
@@ -258,7 +257,8 @@ def open_write(url: str) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[IO[bytes]]:
+def replacing(target: Path) -> Iterator[IO[bytes]]:
+    """A local file that appears whole when the block ends, or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -339,38 +339,3 @@ def upload(source: Path, url: str) -> None:
     with explained(url, "write"):
         fs, path = filesystem(url)
         _retry(fs, lambda: fs.put_file(str(source), path))
-
-
-def cache_dir() -> Path:
-    """Where copies of remote files live: $CNSDIFF_CACHE, else ~/.cache/cnsdiff_dist."""
-    given = os.environ.get("CNSDIFF_CACHE")
-    return Path(given) if given else Path("~/.cache/cnsdiff_dist").expanduser()
-
-
-def local_copy(url: str, sha256: str) -> Path:
-    """A local path with these very bytes, good for memory-mapping.
-
-    A local file is checked where it is; a remote one is downloaded once per content into
-    :func:`cache_dir`. Reads every byte: about a second per gigabyte.
-
-    Raises:
-        UserError: the file is missing, or its sha256 is another.
-    """
-    path = local_path(url)
-    if not is_local(url):
-        path = cache_dir() / sha256 / PurePosixPath(path).name
-        if not path.is_file():
-            with explained(str(path), "write"), _replacing(path) as file, open_read(url) as source:
-                shutil.copyfileobj(source, file, 1 << 22)
-    if not path.is_file():
-        raise UserError(f"{display(url)}: cannot read: no such file; check the path")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        if not is_local(url):
-            path.unlink()  # do not keep a damaged copy
-        raise UserError(
-            f"{display(url)}: damaged: its sha256 is not the manifest's; "
-            "run `cnsdiff prepare` again"
-        )
-    return path

@@ -95,7 +95,7 @@ def open_trained(run_url: str, data_url: str | None) -> Trained:
     manifest = load_manifest(data_url)
     check_dataset(run_url, manifest)
     world = join_world(config.run.timeout_seconds)
-    graph = open_graph(data_url, manifest)
+    graph = open_graph(data_url, manifest, verify=world.local_rank == 0)
     checkpoints = Checkpoints(run_url, world)
     commits = checkpoints.committed()
     commit = best_commit(commits, run_url)

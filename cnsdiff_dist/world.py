@@ -16,12 +16,14 @@ from cnsdiff_dist.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """One process's place: ``rank`` in 0..size-1, its ``device``, and the node's ranks."""
+    """One process's place: ``rank`` in 0..size-1, its ``device``, and ``local_rank`` in
+    0..local_size-1 among those of its node."""
 
     rank: int
     size: int
     device: torch.device
     local_size: int = 1
+    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -99,7 +101,7 @@ def join_world(timeout_seconds: int) -> World:
                 f"cannot join the other ranks: {reason}; launch with torchrun"
             ) from None
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return World(dist.get_rank(), dist.get_world_size(), device, local_size)
+    return World(dist.get_rank(), dist.get_world_size(), device, local_size, local_rank)
 
 
 def leave_world() -> None:

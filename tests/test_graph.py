@@ -47,9 +47,13 @@ def test_writing_in_chunks(
     flat = np.array([value for row in rows for value in sorted(row)], np.int64)
     chunks = [flat[start : start + chunk] for start in range(0, len(flat), chunk)]
     degree = np.array([len(row) for row in rows], np.int64)
-    write_csr(folder / "indptr", folder / "indices", degree, chunks, "int32")
-    indptr = np.fromfile(folder / "indptr", "<i8")
-    indices = np.fromfile(folder / "indices", "<i4")
+    degrees = [degree[start : start + chunk] for start in range(0, len(degree), chunk)]
+    (folder / "graph").mkdir()
+    paths = write_csr(folder, "user", "item", degrees, chunks, "int32", file_bytes=20)
+    sizes = [[(folder / path).stat().st_size for path in files] for files in paths]
+    assert all(size == 20 for files in sizes for size in files[:-1])
+    whole = [b"".join((folder / path).read_bytes() for path in files) for files in paths]
+    indptr, indices = np.frombuffer(whole[0], "<i8"), np.frombuffer(whole[1], "<i4")
     read = [indices[a:b].tolist() for a, b in pairwise(indptr)]
     assert read == [sorted(row) for row in rows]
 
@@ -57,10 +61,12 @@ def test_writing_in_chunks(
 def test_an_empty_graph_opens(made: tuple[str, Manifest]) -> None:
     url, manifest = made
     for name in ("user_items", "item_users"):
-        (Path(url) / f"graph/{name}.bin").write_bytes(b"")
-    empty = {name: getattr(manifest.graph, name).model_copy(
-            update={"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()})
-             for name in ("user_items", "item_users")}  # fmt: skip
+        (Path(url) / f"graph/{name}-00000.bin").write_bytes(b"")
+    nothing = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    empty = {
+        name: (getattr(manifest.graph, name)[0].model_copy(update=nothing),)
+        for name in ("user_items", "item_users")
+    }
     graph = manifest.graph.model_copy(update={"edges": 0, **empty})
     arrays = open_graph(url, manifest.model_copy(update={"graph": graph}))
     assert len(arrays.user_items) == len(arrays.item_users) == 0
@@ -73,12 +79,12 @@ def test_index_dtype_fits_every_row() -> None:
 
 def test_a_truncated_or_missing_array_is_named(made: tuple[str, Manifest]) -> None:
     url, manifest = made
-    path = Path(url) / "graph/user_items.bin"
+    path = Path(url) / "graph/user_items-00000.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"user_items.bin: damaged: its sha256"):
+    with pytest.raises(UserError, match=r"user_items-00000.bin: damaged: its sha256"):
         open_graph(url, manifest)
     path.unlink()
-    with pytest.raises(UserError, match=r"user_items.bin: cannot read: no such file"):
+    with pytest.raises(UserError, match=r"user_items-00000.bin: cannot read: no such file"):
         open_graph(url, manifest)
 
 
@@ -129,3 +135,9 @@ def test_a_flipped_bit_in_a_page_is_refused(made: tuple[str, Manifest], folder: 
     read = {"test_iid": lambda: read_split(url, manifest, "test_iid")}
     with pytest.raises(UserError, match="damaged"):
         read.get(folder, lambda: read_ids(url, manifest, "items"))()
+
+
+def test_a_graph_whose_counts_do_not_match_its_files(made: tuple[str, Manifest]) -> None:
+    url, manifest = made
+    with pytest.raises(UserError, match=r"user_indptr-00000.bin has not the 40 bytes"):
+        open_graph(url, manifest.model_copy(update={"users": 4}))

@@ -47,7 +47,7 @@ def refusal(capsys: Capsys, *words: object) -> str:
         ("train.select_split=valid_ood", None),
         ("run.dir=/proc/nowhere/run", "/proc/nowhere/run"),
         ("data.url=nope://bucket/x", "unknown protocol 'nope'"),
-        ("run.dir={dataset}", "not empty (graph/item_indptr.bin) and not a run"),
+        ("run.dir={dataset}", "not empty (graph/item_indptr-00000.bin) and not a run"),
     ],
 )
 def test_wrong_config(
@@ -105,9 +105,9 @@ def test_a_run_without_a_checkpoint(config: str, tmp_path: Path, capsys: Capsys)
 
 def test_damaged_dataset(dataset: str, config: str, tmp_path: Path, capsys: Capsys) -> None:
     copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
-    (copy / "graph/user_items.bin").write_bytes(b"1234")
+    (copy / "graph/user_items-00000.bin").write_bytes(b"1234")
     line = refusal(capsys, "train", config, f"data.url={copy}")
-    assert "user_items.bin: damaged" in line
+    assert "user_items-00000.bin: damaged" in line
     (copy / "manifest.json").write_text("{}")
     assert "manifest.json: not a dataset manifest" in refusal(
         capsys, "train", config, f"data.url={copy}"

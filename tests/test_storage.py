@@ -1,7 +1,6 @@
 """Storage: URLs, atomic writes, listings, caching; the errors a user sees."""
 
 import errno
-import hashlib
 import os
 import stat
 from pathlib import Path
@@ -70,31 +69,12 @@ def test_glob(root: str) -> None:
         storage.glob(f"{root}/*.parquet")
 
 
-def test_uploads_and_local_copies(
-    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CNSDIFF_CACHE", str(tmp_path / "cache"))
+def test_uploads(root: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"one")
     Path(root).mkdir(exist_ok=True) if storage.is_local(root) else None
     storage.upload(source, f"{root}/file")
-    first = hashlib.sha256(b"one").hexdigest()
-    copy = storage.local_copy(f"{root}/file", first)
-    assert copy.read_bytes() == b"one"
-    assert storage.local_copy(f"{root}/file", first) == copy
-    storage.write_bytes(f"{root}/file", b"two, a newer version")
-    second = hashlib.sha256(b"two, a newer version").hexdigest()
-    assert storage.local_copy(f"{root}/file", second).read_bytes() == b"two, a newer version"
-
-
-def test_a_local_copy_of_other_bytes_is_refused_and_not_kept(
-    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CNSDIFF_CACHE", str(tmp_path / "cache"))
-    storage.write_bytes(f"{root}/file", b"damaged")
-    with pytest.raises(UserError, match="damaged: its sha256"):
-        storage.local_copy(f"{root}/file", "0" * 64)
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert storage.read_bytes(f"{root}/file") == b"one"
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def train(config: Config) -> None:
     manifest = load_manifest(config.data.url)
     check_run(config, manifest)
     world = join_world(config.run.timeout_seconds)
-    graph = open_graph(config.data.url, manifest)
+    graph = open_graph(config.data.url, manifest, verify=world.local_rank == 0)
     trainer = Trainer(config, manifest, graph, world)
     open_run(config, manifest, world)
     commit = trainer.resume()

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from cnsdiff_dist.data import writer
 from cnsdiff_dist.data.graph import index_dtype, write_csr
-from cnsdiff_dist.data.schema import INTERACTION_SCHEMA, SPLITS, Graph, Split
+from cnsdiff_dist.data.schema import INTERACTION_SCHEMA, SPLITS, Blob, Graph, Split
 from cnsdiff_dist.data.shifts import draw
 
 _BATCH = 1 << 17
@@ -83,27 +83,34 @@ def write_parts(
     splits = {
         name: writer.write_split(built, name, _split_rows(db, name, columns)) for name in SPLITS
     }
-    degree = {side: _degrees(db, table, side) for table, side in _SIDES.items()}
-    edges = environment_edges(degree["item"], environments)
+    counts = {table: _add_degrees(db, table, side) for table, side in _SIDES.items()}
+    histogram = db.execute(
+        "SELECT degree, count(*) AS items FROM items GROUP BY ALL ORDER BY degree"
+    ).fetchnumpy()
+    edges = environment_edges(histogram["degree"], histogram["items"], environments)
     return Parts(
-        users=len(degree["user"]),
-        items=len(degree["item"]),
+        users=counts["users"],
+        items=counts["items"],
         columns=columns,
         splits={name: split for name, split in splits.items() if split.rows},
         ids={table: _write_ids(db, built, table, edges) for table in _SIDES},
-        graph=_write_graph(db, built, degree),
+        graph=_write_graph(db, built, counts),
         environment_edges=edges,
     )
 
 
-def environment_edges(degree: npt.NDArray[np.int64], environments: int) -> list[int]:
+def environment_edges(
+    degree: npt.NDArray[np.int64], count: npt.NDArray[np.int64], environments: int
+) -> list[int]:
     """Ascending degrees that cut the items into up to ``environments`` buckets of like size.
 
-    Fewer when many items share a degree: no bucket is empty.
+    ``count`` items have each ``degree``, ascending. Fewer buckets when many items share a
+    degree: none is empty.
     """
-    at = np.arange(1, environments) / environments
-    cuts = {int(cut) for cut in np.quantile(degree, at, method="higher")}
-    return sorted(cuts - {int(degree.min())})
+    total = np.cumsum(count)
+    at = np.ceil(np.arange(1, environments) / environments * (total[-1] - 1))
+    cuts = {int(degree[place]) for place in np.searchsorted(total, at, side="right")}
+    return sorted(cuts - {int(degree[0])})
 
 
 def _split_rows(
@@ -124,16 +131,16 @@ def _query(db: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchReader:
     return db.sql(sql).to_arrow_reader(_BATCH)
 
 
-def _degrees(db: duckdb.DuckDBPyConnection, table: str, side: str) -> npt.NDArray[np.int64]:
-    """Train interactions per row, kept in a ``degree`` column of the id table too."""
+def _add_degrees(db: duckdb.DuckDBPyConnection, table: str, side: str) -> int:
+    """A ``degree`` column for the id table: train interactions per row. Returns its rows."""
     db.execute(
         f"CREATE TABLE with_degree AS SELECT {table}.*, degree FROM {table} JOIN "
         f'(SELECT "{side}" AS row, count(*) AS degree FROM rows WHERE split = 0 GROUP BY ALL) '
         "USING (row)"
     )
     db.execute(f"DROP TABLE {table}; ALTER TABLE with_degree RENAME TO {table}")
-    found = db.execute(f"SELECT degree FROM {table} ORDER BY row").fetchnumpy()["degree"]
-    return np.asarray(found, np.int64)
+    ((rows,),) = db.execute(f"SELECT count(*) FROM {table}").fetchall()
+    return int(rows)
 
 
 def _write_ids(db: duckdb.DuckDBPyConnection, built: Path, table: str, edges: list[int]) -> Split:
@@ -147,25 +154,23 @@ def _write_ids(db: duckdb.DuckDBPyConnection, built: Path, table: str, edges: li
     return writer.write_split(built, f"ids/{table}", rows)
 
 
-def _write_graph(
-    db: duckdb.DuckDBPyConnection, built: Path, degree: dict[str, npt.NDArray[np.int64]]
-) -> Graph:
-    folder = built / "graph"
-    folder.mkdir()
-    dtype = index_dtype(len(degree["user"]), len(degree["item"]))
-    blobs = {}
+def _write_graph(db: duckdb.DuckDBPyConnection, built: Path, counts: dict[str, int]) -> Graph:
+    (built / "graph").mkdir()
+    dtype = index_dtype(counts["users"], counts["items"])
+    blobs: dict[str, tuple[Blob, ...]] = {}
     for side, other in (("user", "item"), ("item", "user")):
-        indptr, indices = f"graph/{side}_indptr.bin", f"graph/{side}_{other}s.bin"
-        chunks = _column(db, side, other)
-        write_csr(built / indptr, built / indices, degree[side], chunks, dtype)
-        for path in (indptr, indices):
-            blobs[path[len("graph/") : -len(".bin")]] = writer.describe(built, path)
-    return Graph(edges=int(degree["user"].sum()), index_dtype=dtype, **blobs)
+        degrees = _column(db, f"SELECT degree FROM {side}s ORDER BY row")
+        neighbours = _column(
+            db, f'SELECT "{other}" FROM rows WHERE split = 0 ORDER BY "{side}", "{other}"'
+        )
+        # Two queries of one connection cannot be read in turns, nor need they be.
+        paths = write_csr(built, side, other, degrees, neighbours, dtype)
+        for name, files in zip((f"{side}_indptr", f"{side}_{other}s"), paths, strict=True):
+            blobs[name] = tuple(writer.describe(built, path) for path in files)
+    ((edges,),) = db.execute("SELECT count(*) FROM rows WHERE split = 0").fetchall()
+    return Graph(edges=edges, index_dtype=dtype, **blobs)
 
 
-def _column(
-    db: duckdb.DuckDBPyConnection, side: str, other: str
-) -> Iterator[npt.NDArray[np.int64]]:
-    sql = f'SELECT "{other}" AS neighbour FROM rows WHERE split = 0 ORDER BY "{side}", "{other}"'
+def _column(db: duckdb.DuckDBPyConnection, sql: str) -> Iterator[npt.NDArray[np.int64]]:
     for batch in _query(db, sql):
         yield batch.column(0).to_numpy()

@@ -1,6 +1,6 @@
 """The train graph as CSR arrays in both directions, written once and memory-mapped."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cnsdiff_dist import storage
+from cnsdiff_dist.data.local import local_file
 from cnsdiff_dist.data.schema import Blob, Manifest
 from cnsdiff_dist.errors import UserError
 
 Array = npt.NDArray[Any]
 INDPTR = np.dtype("<i8")
+FILE_BYTES = 1 << 30
 
 
 def before(indices: Array, start: Array, stop: Array, bound: Array | int) -> Array:
@@ -57,34 +59,35 @@ class GraphArrays:
         return np.asarray(self.item_indptr[items + 1]) - self.item_indptr[items]
 
 
-def open_graph(url: str, manifest: Manifest) -> GraphArrays:
+def open_graph(url: str, manifest: Manifest, verify: bool = True) -> GraphArrays:
     """Memory-map the train graph of the dataset at ``url``.
 
+    ``verify`` checks the content of local files, for which they are read whole: one rank of a
+    node is enough.
+
     Raises:
-        UserError: a file is missing, or is not as long as the manifest says.
+        UserError: a file is missing, or is not what the manifest says.
     """
     graph = manifest.graph
     index = np.dtype(graph.index_dtype).newbyteorder("<")
+
+    def array(blobs: tuple[Blob, ...], dtype: np.dtype[Any], length: int) -> Array:
+        expected = length * dtype.itemsize
+        if sum(blob.bytes for blob in blobs) != expected:
+            raise UserError(
+                f"{storage.display(url)}: {blobs[0].path} has not the {expected} bytes that its "
+                "manifest's counts ask for; run `cnsdiff prepare` again"
+            )
+        path = local_file(url, blobs, verify)
+        # An empty file cannot be mapped.
+        return np.memmap(path, dtype, "r", shape=(length,)) if length else np.empty(0, dtype)
+
     return GraphArrays(
-        user_indptr=_open(url, graph.user_indptr, INDPTR, manifest.users + 1),
-        user_items=_open(url, graph.user_items, index, graph.edges),
-        item_indptr=_open(url, graph.item_indptr, INDPTR, manifest.items + 1),
-        item_users=_open(url, graph.item_users, index, graph.edges),
+        user_indptr=array(graph.user_indptr, INDPTR, manifest.users + 1),
+        user_items=array(graph.user_items, index, graph.edges),
+        item_indptr=array(graph.item_indptr, INDPTR, manifest.items + 1),
+        item_users=array(graph.item_users, index, graph.edges),
     )
-
-
-def _open(url: str, blob: Blob, dtype: np.dtype[Any], length: int) -> Array:
-    source = storage.join(url, blob.path)
-    path = storage.local_copy(source, blob.sha256)
-    size, expected = path.stat().st_size, length * dtype.itemsize
-    if size != expected or blob.bytes != expected:
-        raise UserError(
-            f"{storage.display(source)}: {size} bytes, where the manifest promises {expected}; "
-            "the dataset is damaged, run `cnsdiff prepare` again"
-        )
-    if length == 0:
-        return np.empty(0, dtype)  # an empty file cannot be mapped
-    return np.memmap(path, dtype, "r", shape=(length,))
 
 
 def index_dtype(users: int, items: int) -> str:
@@ -93,16 +96,44 @@ def index_dtype(users: int, items: int) -> str:
 
 
 def write_csr(
-    indptr: Path, indices: Path, degree: Array, chunks: Iterable[Array], dtype: str
-) -> None:
-    """Write one direction of the graph.
+    root: Path, side: str, other: str, degrees: Iterable[Array], chunks: Iterable[Array],
+    dtype: str, file_bytes: int = FILE_BYTES,
+) -> tuple[list[str], list[str]]:  # fmt: skip
+    """Write one direction of the graph; returns the paths under ``root`` of its two arrays.
 
-    ``degree`` is int64 [rows]; ``chunks`` yield the indices of row 0, row 1, .. one after
-    the other, ascending in each row, so that only a chunk of the edges is in memory.
+    ``degrees`` yield the degree of row 0, row 1, ..; ``chunks`` the indices of row 0, row 1, ..,
+    ascending in each row. Only a chunk of either is in memory.
     """
-    pointers = np.zeros(len(degree) + 1, INDPTR)
-    np.cumsum(degree, out=pointers[1:])
-    indptr.write_bytes(pointers.tobytes())
-    with indices.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk.astype(np.dtype(dtype).newbyteorder("<")).tobytes())
+    pointers = _write(root, f"graph/{side}_indptr", _cumulated(degrees), file_bytes)
+    little = np.dtype(dtype).newbyteorder("<")
+    narrow = (chunk.astype(little) for chunk in chunks)
+    return pointers, _write(root, f"graph/{side}_{other}s", narrow, file_bytes)
+
+
+def _cumulated(degrees: Iterable[Array]) -> Iterator[Array]:
+    total = np.zeros(1, INDPTR)
+    yield total
+    for chunk in degrees:
+        sums = total[-1] + np.cumsum(chunk, dtype=INDPTR)
+        yield sums
+        total = sums if len(sums) else total
+
+
+def _write(root: Path, name: str, arrays: Iterable[Array], file_bytes: int) -> list[str]:
+    """One after the other, into files of ``file_bytes`` but the last."""
+    paths, room = [f"{name}-00000.bin"], file_bytes
+    file = (root / paths[0]).open("wb")
+    try:
+        for array in arrays:
+            data = memoryview(array.tobytes())
+            while len(data):
+                if room == 0:
+                    file.close()
+                    paths.append(f"{name}-{len(paths):05d}.bin")
+                    file, room = (root / paths[-1]).open("wb"), file_bytes
+                part = data[:room]
+                file.write(part)
+                data, room = data[len(part) :], room - len(part)
+    finally:
+        file.close()
+    return paths

@@ -50,15 +50,20 @@ class Blob(_Strict):
 class Graph(_Strict):
     """CSR of the train split in both directions; little-endian, indices sorted per row.
 
-    ``indptr`` arrays are int64 [rows + 1]; index arrays have ``index_dtype`` [edges].
+    ``indptr`` arrays are int64 [rows + 1]; index arrays have ``index_dtype`` [edges]. Each is
+    cut into one or more files, whose bytes follow one another.
     """
 
     edges: int
     index_dtype: Literal["int32", "int64"]
-    user_indptr: Blob
-    user_items: Blob
-    item_indptr: Blob
-    item_users: Blob
+    user_indptr: tuple[Blob, ...]
+    user_items: tuple[Blob, ...]
+    item_indptr: tuple[Blob, ...]
+    item_users: tuple[Blob, ...]
+
+    @property
+    def blobs(self) -> tuple[Blob, ...]:
+        return self.user_indptr + self.user_items + self.item_indptr + self.item_users
 
 
 class Manifest(_Strict):
@@ -69,7 +74,7 @@ class Manifest(_Strict):
     split; ``digest`` is the sha256 of everything here but ``name``.
     """
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: str
     users: int
     items: int

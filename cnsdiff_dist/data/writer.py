@@ -90,9 +90,7 @@ def check_output(out: str, overwrite: bool) -> None:
 def _refuse_strangers(out: str) -> None:
     """Replacing a dataset deletes its folders: nothing of the user's may lie in them."""
     manifest = load_manifest(out)
-    graph = manifest.graph
-    blobs = (graph.user_indptr, graph.user_items, graph.item_indptr, graph.item_users)
-    ours = {blob.path for blob in blobs}
+    ours = {blob.path for blob in manifest.graph.blobs}
     for split in (*manifest.splits.values(), *manifest.ids.values()):
         ours |= {shard.path for shard in split.shards}
     for name in storage.list_files(out):
