@@ -54,14 +54,24 @@ class Model(Section):
 
 class Tables(Section):
     sharding: Literal["row_wise", "table_wise", "column_wise"] = "row_wise"
-    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam"] = Field(
+        "rowwise_adagrad", description="fused into backward; the two Adams need a GPU"
+    )
     lr: float = Field(0.05, gt=0)
     eps: float = Field(1e-8, gt=0)
     init_std: float = Field(0.01, gt=0, description="standard deviation of the initial rows")
+    user_dtype: Literal["fp32", "fp16"] = Field("fp32", description="of the user table's rows")
+    item_dtype: Literal["fp32", "fp16"] = Field("fp32", description="of the item table's rows")
+    placement: Literal["device", "uvm"] = Field(
+        "device", description="uvm: rows in host memory, cached in the GPU's; needs a GPU"
+    )
+
+    def dtype(self, table: str) -> str:
+        return self.user_dtype if table == "user" else self.item_dtype
 
     @model_validator(mode="after")
     def _state_can_be_resharded(self) -> Self:
-        if self.sharding == "column_wise" and self.optimizer == "rowwise_adagrad":
+        if self.sharding == "column_wise" and "rowwise" in self.optimizer:
             raise ValueError(
                 "column_wise needs optimizer adagrad or sgd: a state per row, kept by each of "
                 "the row's shards, would depend on the world size"
@@ -144,6 +154,7 @@ class Loss(Section):
 
 class Train(Section):
     epochs: int = Field(30, ge=1)
+    max_steps: int = Field(0, ge=0, description="end after so many steps; 0: when epochs end")
     batch: int = Field(2048, ge=1, description="rows of a global step, over all ranks")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up of both learning rates")
     select_split: Literal["valid_iid", "valid_ood"] = "valid_iid"

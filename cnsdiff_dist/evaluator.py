@@ -56,17 +56,20 @@ class Evaluator:
             raise UserError(f"split {split} is empty; choose another with --split")
         self._graph, self._users = graph, owned(users, manifest.users, world)
 
-    def __call__(self, user_RD: Tensor, item_RD: Tensor) -> dict[str, Any]:
-        """Metrics of the split, the same on every rank, by each rank's own vectors. Collective.
+    def __call__(
+        self, user_RD: Tensor, item_RD: Tensor, offset_R: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Metrics of the split, the same on every rank, by each rank's own vectors and what is
+        added to the scores of its items. Collective.
 
         Returns:
             ``users``, ``masked``, ``metrics`` and one entry per environment, least popular
             first, in ``environments``.
         """
-        return self.detailed(user_RD, item_RD)[0]
+        return self.detailed(user_RD, item_RD, offset_R)[0]
 
     def detailed(
-        self, user_RD: Tensor, item_RD: Tensor
+        self, user_RD: Tensor, item_RD: Tensor, offset_R: Tensor | None = None
     ) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         """The same, and of this rank's users the columns ``user`` (row) and every metric."""
         manifest, own = self._manifest, self._world.own(self._manifest.items)
@@ -75,7 +78,7 @@ class Evaluator:
         sums = RankingSums(self._config.k, manifest.environments, own_degree)
         ranked = rank(
             user_RD, item_RD, self._users, self._masks, max(self._config.k),
-            self._config.users_per_chunk, (manifest.users, manifest.items), self._world,
+            self._config.users_per_chunk, (manifest.users, manifest.items), self._world, offset_R,
         )  # fmt: skip
         for found in ranked:
             relevant_row, relevant_item = self._relevant.of(found.users)
@@ -143,10 +146,11 @@ class Ranked:
 @torch.no_grad()
 def rank(
     user_RD: Tensor, item_RD: Tensor, users: Ids, masks: list[Interactions], k: int, chunk: int,
-    shape: tuple[int, int], world: World,
+    shape: tuple[int, int], world: World, offset_R: Tensor | None = None,
 ) -> Iterator[Ranked]:  # fmt: skip
     """Rank every item for some of the users that this rank owns, up to ``chunk`` at a time;
-    ``shape`` is (users, items) of the dataset. Collective: every rank iterates to the end.
+    ``shape`` is (users, items) of the dataset; ``offset_R`` is added to the scores of this
+    rank's items. Collective: every rank iterates to the end.
 
     Masked items score -inf; they appear only where a user has fewer than K others.
     """
@@ -161,7 +165,7 @@ def rank(
         vector_BD[: len(some)] = user_RD[torch.from_numpy(some - first)].to(device)
         everyone = world.gather(row_B1).flatten().cpu().numpy()
         vector_ED = world.gather(vector_BD).flatten(0, 1)
-        own = _rank_own(vector_ED, item_RD, everyone, masks, k, world.own(shape[1]))
+        own = _rank_own(vector_ED, item_RD, offset_R, everyone, masks, k, world.own(shape[1]))
         score_EK, item_EK = _merged(*own, k, world)
         mine = slice(world.rank * size, world.rank * size + len(some))
         lists = item_EK.cpu().numpy()
@@ -169,22 +173,28 @@ def rank(
 
 
 def _rank_own(
-    user_ED: Tensor, item_RD: Tensor, users: Ids, masks: list[Interactions], k: int, own: range
-) -> tuple[Tensor, Tensor]:
+    user_ED: Tensor, item_RD: Tensor, offset_R: Tensor | None, users: Ids,
+    masks: list[Interactions], k: int, own: range,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The K best of this rank's items for everybody's users, piece by piece. Fewer than K are
     filled up with -inf; a masked item scores more than that, so that it is never lost to it."""
     real = np.flatnonzero(users >= 0)
     pairs = [mask.of(users[real]) for mask in masks]
     row, item = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    row, item = real[row], item - own.start
+    order = np.argsort(item)
+    row, item = real[row[order]], item[order] - own.start
     best_EK = user_ED.new_full((len(user_ED), k), -torch.inf)
     item_EK = torch.zeros_like(best_EK, dtype=torch.int64)
     room_EC = user_ED.new_empty(len(user_ED) * _ITEMS)  # fresh memory costs more than the product
     for start in range(0, len(own), _ITEMS):
         piece_DC = item_RD[start : start + _ITEMS].to(user_ED.device).t()
         score_EC = room_EC[: len(user_ED) * piece_DC.shape[1]].view(len(user_ED), -1)
-        torch.mm(user_ED, piece_DC, out=score_EC)
-        here = (item >= start) & (item < start + piece_DC.shape[1])
+        if offset_R is None:
+            torch.mm(user_ED, piece_DC, out=score_EC)
+        else:
+            offset_C = offset_R[start : start + _ITEMS].to(user_ED.device)
+            torch.addmm(offset_C, user_ED, piece_DC, out=score_EC)
+        here = slice(*np.searchsorted(item, [start, start + piece_DC.shape[1]]))
         at = (torch.from_numpy(part[here]).to(user_ED.device) for part in (row, item - start))
         score_EC[tuple(at)] = _MASKED
         piece_EK, column_EK = top_k(score_EC, k)

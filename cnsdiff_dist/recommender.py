@@ -81,7 +81,12 @@ class Recommender:
     def encode_all(self) -> tuple[Tensor, Tensor]:
         """This rank's own users and items, [R, D] each, propagated exactly, as the objective
         sees them: their dot product is the score. On the host. Collective."""
-        return self.scored(*propagate_own(self.tables, self._graph, self._layers, self._world))
+        own = propagate_own(self.tables, self._graph, self._layers, self._world)
+        if self._objective.similarity == "cosine":
+            for rows_RD in own:  # in place: there may be no room for them twice
+                functional.normalize(rows_RD, out=rows_RD)
+        own[0].div_(self._objective.temperature)
+        return own
 
 
 def is_sampled(config: Config, nodes: int) -> bool:

@@ -121,8 +121,8 @@ def calibrate(
     log_p_R = model.log_p(exposure)
 
     def evaluate(alpha: float) -> dict[str, float]:
-        vectors = adjusted(model.user_RD, model.item_RD, alpha, log_p_R)
-        metrics: dict[str, float] = evaluator(*vectors)["metrics"]
+        result = evaluator(model.user_RD, model.item_RD, alpha * log_p_R)
+        metrics: dict[str, float] = result["metrics"]
         if metric not in metrics:
             raise UserError(f"--metric {metric}: this run knows {', '.join(metrics)}")
         return metrics

@@ -4,6 +4,7 @@ Shapes: B rows of this rank, M candidates a row, D embedding dim.
 """
 
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cnsdiff_dist import losses
-from cnsdiff_dist.adjustment import adjusted, log_p_train
+from cnsdiff_dist.adjustment import log_p_train
 from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.plan import EpochPlan, local_streams
@@ -82,7 +83,8 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        return self.config.train.epochs * self._plan.steps
+        train = self.config.train
+        return min(train.epochs * self._plan.steps, train.max_steps or sys.maxsize)
 
     @property
     def finished(self) -> bool:
@@ -211,7 +213,7 @@ class Trainer:
             if reporter:
                 reporter.log(step, epoch, values)
         self._meter.pause()
-        evaluation = self._is_evaluation(step_in_epoch + 1)
+        evaluation = self._is_evaluation(step_in_epoch + 1) or step == self.total_steps
         every = self.config.checkpoint.every_steps
         if evaluation or (every and step % every == 0):
             state = self.state()
@@ -242,7 +244,7 @@ class Trainer:
         """The validation's result under the alpha that serves it best."""
         vectors, results = self.recommender.encode_all(), []
         for alpha in self.config.evaluation.alphas:
-            result = self._evaluator(*adjusted(*vectors, alpha, self._log_p_R))
+            result = self._evaluator(*vectors, alpha * self._log_p_R if alpha else None)
             results.append({**result, "metrics": {**result["metrics"], "alpha": alpha}})
         return max(results, key=lambda r: r["metrics"][self.config.train.select_metric])
 
@@ -295,7 +297,8 @@ class _Meter:
         self._since = time.monotonic()
 
     def read(self, step: int) -> dict[str, float]:
-        """The means, and samples per second of all ranks together. Collective.
+        """The means, samples per second of all ranks together, and the most memory that a rank
+        ever held, in GiB. Collective.
 
         Raises:
             UserError: the loss is not a finite number.
@@ -309,4 +312,4 @@ class _Meter:
             raise _diverged(f"the loss is {means['loss']}", step)
         self._sums, self._steps, self._seconds = {}, 0, 0.0
         self.go_on()
-        return {**means, "samples_per_second": pace}
+        return {**means, "samples_per_second": pace, "memory_gib": self._world.peak_memory()}

@@ -4,6 +4,7 @@
 """
 
 import os
+import resource
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -65,6 +66,16 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def peak_memory(self) -> float:
+        """The most memory that any rank ever held, in GiB: of its GPU or, on a CPU, of the
+        process, mapped files included. Collective."""
+        if self.device.type == "cuda":
+            held = torch.cuda.max_memory_allocated(self.device)
+        else:
+            held = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peaks = self.gather(torch.tensor([held / 2**30], device=self.device))
+        return float(peaks.max())
 
     def barrier(self) -> None:
         if self.size > 1:

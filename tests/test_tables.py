@@ -106,6 +106,28 @@ def test_fused_tables_equal_plain_autograd(optimizer: Any, world: World) -> None
         assert torch.allclose(got[name], expected[name], atol=1e-6)
 
 
+def test_a_table_may_be_of_half_precision(world: World) -> None:
+    """fp16 keeps 11 bits: each of 5 updates rounds the rows to within 2^-11 of themselves."""
+    config = Tables(lr=0.1, user_dtype="fp16")
+    tables = ShardedTables(USERS, ITEMS, DIM, config, STREAMS, 3, world)
+    kinds = {
+        name: weight.local_shards()[0].tensor.dtype for name, weight in tables.weights().items()
+    }
+    assert kinds == {"user": torch.float16, "item": torch.float32}
+    assert tables.lookup(torch.tensor([1]), torch.tensor([1])).dtype == torch.float32
+    got, expected = _train_sharded(config), _train_plainly(config)
+    assert torch.allclose(got["user"], expected["user"], atol=5 * 2**-11)
+    assert not torch.equal(got["user"], expected["user"])
+
+
+@pytest.mark.parametrize(
+    "values", [{"optimizer": "adam"}, {"optimizer": "partial_rowwise_adam"}, {"placement": "uvm"}]
+)
+def test_what_needs_a_gpu_is_refused_without_one(values: Any, world: World) -> None:
+    with pytest.raises(UserError, match=f"tables.{next(iter(values))}=.* needs a GPU"):
+        ShardedTables(USERS, ITEMS, DIM, Tables(**values), STREAMS, 3, world)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("size", "sharding"), [(2, "row_wise"), (2, "table_wise"), (2, "column_wise")]

@@ -22,7 +22,7 @@ from cnsdiff_dist.comparison.tables import Stars, Table
 from cnsdiff_dist.rundir import read_config
 
 Curve = tuple[list[float], list[float]]
-_NOT_LOSSES = ("step", "epoch", "kind", "time", "samples_per_second")
+_NOT_LOSSES = ("step", "epoch", "kind", "time", "samples_per_second", "memory_gib")
 
 
 def suite_page(suite: Suite, runs: list[Run], tables: list[Table], failures: dict[str, str]) -> str:

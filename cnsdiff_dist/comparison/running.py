@@ -74,7 +74,6 @@ def study(url: str, data_url: str | None = None) -> None:
     Raises:
         UserError: from reading the run.
     """
-    from cnsdiff_dist.adjustment import adjusted
     from cnsdiff_dist.diagnostics import diagnose
     from cnsdiff_dist.trained import open_trained
 
@@ -84,8 +83,7 @@ def study(url: str, data_url: str | None = None) -> None:
     for split in (name for name in model.manifest.splits if name.startswith("test")):
         evaluator = model.evaluator(split)
         for alpha in ALPHAS:
-            vectors = adjusted(model.user_RD, model.item_RD, alpha, log_p_R)
-            metrics = evaluator(*vectors)["metrics"]
+            metrics = evaluator(model.user_RD, model.item_RD, alpha * log_p_R)["metrics"]
             curve.append({"split": split, "alpha": alpha, "metrics": metrics})
     if model.world.is_main:
         storage.write_json(f"{url}/{TRADE_OFF}", curve)

@@ -2,19 +2,25 @@
 
 import torch
 from torchrec import EmbeddingCollection, EmbeddingConfig
+from torchrec.types import DataType
+
+from cnsdiff_dist.config import Tables
 
 TABLES = ("user", "item")
 
 
-def embedding_tables(users: int, items: int, dim: int) -> EmbeddingCollection:
+def embedding_tables(users: int, items: int, dim: int, config: Tables) -> EmbeddingCollection:
     """The user [U, D] and item [I, D] tables on the meta device; sharding allocates them."""
     return EmbeddingCollection(
         device=torch.device("meta"),
         tables=[
-            EmbeddingConfig(name=name, embedding_dim=dim, num_embeddings=rows, feature_names=[name])
+            EmbeddingConfig(
+                name=name, embedding_dim=dim, num_embeddings=rows, feature_names=[name],
+                data_type=DataType[config.dtype(name).upper()],
+            )
             for name, rows in zip(TABLES, (users, items), strict=True)
         ],
-    )
+    )  # fmt: skip
 
 
 def initial_rows(

@@ -18,7 +18,7 @@ from cnsdiff_dist.world import World
 
 Places = npt.NDArray[np.int64]
 _PIECE_BYTES = 1 << 28  # of the others' rows
-_EDGES = 1 << 23  # multiplied at a time
+_ROWS, _EDGES = 1 << 16, 1 << 22  # multiplied at a time, at most
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ class _Side:
         low = 0
         while low < len(cursor):
             high = int(np.searchsorted(total, total[low] + _EDGES, side="right")) - 1
-            high = min(max(high, low + 1), len(cursor))  # a hub is a piece of its own
+            high = min(max(high, low + 1), low + _ROWS, len(cursor))  # a hub is one of its own
             indptr = total[low : high + 1] - total[low]
             edges = np.repeat(cursor[low:high] - indptr[:-1], np.diff(indptr)) + np.arange(
                 indptr[-1]

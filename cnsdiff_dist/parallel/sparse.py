@@ -10,9 +10,10 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchrec import KeyedJaggedTensor
+from torchrec import EmbeddingCollection, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.sharding_plan import (
     column_wise,
     construct_module_sharding_plan,
@@ -20,7 +21,7 @@ from torchrec.distributed.sharding_plan import (
     table_wise,
 )
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
-from torchrec.optim import SGD, Adagrad, RowWiseAdagrad
+from torchrec.optim import SGD, Adagrad, Adam, PartialRowWiseAdam, RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cnsdiff_dist.config import Tables
@@ -29,7 +30,17 @@ from cnsdiff_dist.models.tables import TABLES, embedding_tables, initial_rows
 from cnsdiff_dist.world import World
 
 _ROWS = 1 << 18
-_OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "sgd": SGD}
+_OPTIMIZERS = {
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adagrad": Adagrad,
+    "sgd": SGD,
+    "adam": Adam,
+    "partial_rowwise_adam": PartialRowWiseAdam,
+}
+KERNELS = {
+    "device": EmbeddingComputeKernel.FUSED.value,
+    "uvm": EmbeddingComputeKernel.FUSED_UVM_CACHING.value,
+}
 
 
 class ShardedTables:
@@ -52,15 +63,11 @@ class ShardedTables:
     ) -> None:
         self.rows, self.dim, self._world = {"user": users, "item": items}, dim, world
         self._lr = config.lr
-        collection = embedding_tables(_padded(users, streams), _padded(items, streams), dim)
-        options = {"lr": config.lr} if config.optimizer == "sgd" else {
-            "lr": config.lr, "eps": config.eps,
-        }  # fmt: skip
-        apply_optimizer_in_backward(_OPTIMIZERS[config.optimizer], collection.parameters(), options)
+        _refuse_without_gpu(config, world)
+        collection = described(users, items, dim, config, streams)
         sharder: Any = EmbeddingCollectionSharder()
-        layout = _layout(config.sharding, world.size)
         plan = construct_module_sharding_plan(
-            collection, layout, sharder=sharder, world_size=world.size,
+            collection, _layout(config, world.size), sharder=sharder, world_size=world.size,
             local_size=world.local_size, device_type=world.device.type,
         )  # fmt: skip
         self._model = DistributedModelParallel(
@@ -146,15 +153,43 @@ class ShardedTables:
         return {"weights": self.weights(), "optimizer": optimizer}
 
 
-def _padded(rows: int, streams: int) -> int:
-    """Rows of a table, made a multiple of the streams: every world size divides those, so no
-    rank is without rows, and the padding, which nobody looks up, is the same at any world size."""
-    return -(-rows // streams) * streams
+def described(
+    users: int, items: int, dim: int, config: Tables, streams: int
+) -> EmbeddingCollection:
+    """The tables on the meta device, with the optimizer that is fused into their backward.
+
+    Their rows are made a multiple of the streams: every world size divides those, so no rank is
+    without rows, and the padding, which nobody looks up, is the same at any world size.
+    """
+    rows = [-(-count // streams) * streams for count in (users, items)]
+    collection = embedding_tables(rows[0], rows[1], dim, config)
+    options = {"lr": config.lr} if config.optimizer == "sgd" else {
+        "lr": config.lr, "eps": config.eps,
+    }  # fmt: skip
+    apply_optimizer_in_backward(_OPTIMIZERS[config.optimizer], collection.parameters(), options)
+    return collection
 
 
-def _layout(kind: str, world_size: int) -> dict[str, Any]:
-    if kind == "row_wise":
-        return {table: row_wise() for table in TABLES}
-    if kind == "table_wise":
-        return {table: table_wise(index % world_size) for index, table in enumerate(TABLES)}
-    return {table: column_wise(list(range(world_size))) for table in TABLES}
+def _refuse_without_gpu(config: Tables, world: World) -> None:
+    if world.device.type == "cuda":
+        return
+    if "adam" in config.optimizer:
+        raise UserError(
+            f"tables.optimizer={config.optimizer} needs a GPU: FBGEMM fuses no Adam on CPUs; use "
+            "rowwise_adagrad"
+        )
+    if config.placement != "device":
+        raise UserError(f"tables.placement={config.placement} needs a GPU; on a CPU use device")
+
+
+def _layout(config: Tables, world_size: int) -> dict[str, Any]:
+    kernel = KERNELS[config.placement]
+    if config.sharding == "row_wise":
+        return {table: row_wise(compute_kernel=kernel) for table in TABLES}
+    if config.sharding == "table_wise":
+        return {
+            table: table_wise(index % world_size, compute_kernel=kernel)
+            for index, table in enumerate(TABLES)
+        }
+    ranks = list(range(world_size))
+    return {table: column_wise(ranks, compute_kernel=kernel) for table in TABLES}
