@@ -17,6 +17,7 @@ from cnsdiff_dist.commands import (
     compare,
     evaluate,
     export,
+    plan,
     prepare,
     recommend,
     report,
@@ -24,7 +25,7 @@ from cnsdiff_dist.commands import (
 )
 from cnsdiff_dist.errors import UserError
 
-_COMMANDS = (prepare, train, evaluate, calibrate, export, recommend, report, compare)
+_COMMANDS = (prepare, plan, train, evaluate, calibrate, export, recommend, report, compare)
 
 _EPILOG = """\
 a whole job:

@@ -25,7 +25,7 @@ from cnsdiff_dist.metrics import METRICS, Interactions, RankingSums, top_k
 from cnsdiff_dist.world import World
 
 Ids = npt.NDArray[np.int64]
-_ITEMS = 16_384  # scored at a time
+ITEMS = 16_384  # scored at a time
 _MASKED = torch.finfo(torch.float32).min
 
 
@@ -185,14 +185,14 @@ def _rank_own(
     row, item = real[row[order]], item[order] - own.start
     best_EK = user_ED.new_full((len(user_ED), k), -torch.inf)
     item_EK = torch.zeros_like(best_EK, dtype=torch.int64)
-    room_EC = user_ED.new_empty(len(user_ED) * _ITEMS)  # fresh memory costs more than the product
-    for start in range(0, len(own), _ITEMS):
-        piece_DC = item_RD[start : start + _ITEMS].to(user_ED.device).t()
+    room_EC = user_ED.new_empty(len(user_ED) * ITEMS)  # fresh memory costs more than the product
+    for start in range(0, len(own), ITEMS):
+        piece_DC = item_RD[start : start + ITEMS].to(user_ED.device).t()
         score_EC = room_EC[: len(user_ED) * piece_DC.shape[1]].view(len(user_ED), -1)
         if offset_R is None:
             torch.mm(user_ED, piece_DC, out=score_EC)
         else:
-            offset_C = offset_R[start : start + _ITEMS].to(user_ED.device)
+            offset_C = offset_R[start : start + ITEMS].to(user_ED.device)
             torch.addmm(offset_C, user_ED, piece_DC, out=score_EC)
         here = slice(*np.searchsorted(item, [start, start + piece_DC.shape[1]]))
         at = (torch.from_numpy(part[here]).to(user_ED.device) for part in (row, item - start))

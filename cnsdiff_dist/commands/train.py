@@ -76,12 +76,13 @@ def train(config: Config) -> None:
             if commit:
                 reporter.say(f"resumed from {storage.display(commit.url)}")
         trainer.fit(reporter)
+        memory = world.peak_memory()
         if reporter:
             reporter.publish()
             best = trainer.progress
             reporter.say(
                 f"finished: best {config.train.select_split} {config.train.select_metric} "
-                f"{best.best:.4f} at step {best.best_step}; "
+                f"{best.best:.4f} at step {best.best_step}; at most {memory:.2f} GiB a rank; "
                 f"run in {storage.display(config.run.dir)}"
             )
 

@@ -17,7 +17,7 @@ from cnsdiff_dist.parallel.sparse import ShardedTables
 from cnsdiff_dist.world import World
 
 Places = npt.NDArray[np.int64]
-_PIECE_BYTES = 1 << 28  # of the others' rows
+PIECE_BYTES = 1 << 28  # of the others' rows
 _ROWS, _EDGES = 1 << 16, 1 << 22  # multiplied at a time, at most
 
 
@@ -60,7 +60,7 @@ class _Side:
     def add_product(self, rows_RD: Tensor, others_OD: Tensor) -> None:
         """rows += D^-1/2 A others, ``others`` being every rank's own, already scaled."""
         world, dim = self._world, rows_RD.shape[1]
-        step, cursor = max(_PIECE_BYTES // (4 * dim), 1), self._start
+        step, cursor = max(PIECE_BYTES // (4 * dim), 1), self._start
         for source in range(world.size):
             theirs = world.share(self._columns, source)
             for first in range(theirs.start, theirs.stop, step):
