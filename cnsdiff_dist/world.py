@@ -3,6 +3,7 @@
 (The command line reads the rank too, to name it in an error, without waiting for torch.)
 """
 
+import ctypes
 import os
 import resource
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from cnsdiff_dist.errors import UserError
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ def leave_world() -> None:
 def _pick_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _keep_freed_blocks()
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise UserError(
@@ -131,3 +135,14 @@ def _pick_device(local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _keep_freed_blocks() -> None:
+    """Have glibc keep freed blocks of up to 32 MiB, the temporaries of a step, 512 MiB of them.
+
+    By default it hands them back to the kernel, and every page of the next step's is a fault.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none
+        for option, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 512 << 20)):
+            libc.mallopt(option, value)
