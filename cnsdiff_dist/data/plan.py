@@ -54,6 +54,8 @@ class EpochPlan:
         """Rows of a global step that are not pads."""
         start = step * self.rows_per_stream_step
         stop = min(start + self.rows_per_stream_step, self.stream_rows)
+        if stop <= self.rows // self.streams:  # no stream is shorter
+            return (stop - start) * self.streams
         lengths = [b - a for a, b in map(self.stream_bounds, range(self.streams))]
         return sum(min(stop, length) - start for length in lengths)
 

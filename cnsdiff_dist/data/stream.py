@@ -1,6 +1,5 @@
 """Row groups -> batches: projection, checks, read-ahead, and a start at any step."""
 
-import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,9 @@ from cnsdiff_dist.data.schema import INTERACTION_SCHEMA, Manifest, Shard
 from cnsdiff_dist.errors import UserError
 
 Pairs = npt.NDArray[np.int64]
-"""int64 [rows, 2]: user row, item row."""
+"""int64 [2, rows]: user rows, item rows."""
+Sides = list[npt.NDArray[np.int64]]
+"""The same as two arrays, perhaps views of what was read."""
 
 
 @dataclass(frozen=True)
@@ -76,27 +77,28 @@ class TrainStream:
             self._plan.rows_per_stream_step,
             self._plan.stream_rows - step * self._plan.rows_per_stream_step,
         )
-        pairs = np.zeros((len(parts), width, 2), np.int64)
-        weight = np.zeros((len(parts), width), np.float32)
+        weight = np.ones((len(parts), width), np.float32)
         for index, part in enumerate(parts):
-            pairs[index, : len(part)] = part
-            weight[index, : len(part)] = 1
-        return Batch(
-            epoch, step, self._streams, pairs[..., 0].ravel(), pairs[..., 1].ravel(),
-            weight.ravel(), self._plan.valid_rows(step),
-        )  # fmt: skip
+            missing = width - part.shape[1]
+            if missing:
+                weight[index, part.shape[1] :] = 0
+                parts[index] = np.pad(part, ((0, 0), (0, missing)))
+        users, items = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
+        valid = self._plan.valid_rows(step)
+        return Batch(epoch, step, self._streams, users, items, weight.ravel(), valid)
 
     def _feed(
         self, pool: ThreadPoolExecutor, epoch: int, stream: int, first_step: int
     ) -> Iterator[Pairs]:
         """The rows a stream gives to each step from ``first_step`` on; fewer at its end."""
         width = self._plan.rows_per_stream_step
-        rest = np.empty((0, 2), np.int64)
+        rest = np.empty((2, 0), np.int64)
         for block in self._blocks(pool, epoch, stream, first_step * width):
-            rest = np.concatenate([rest, block])
-            while len(rest) >= width:
-                yield rest[:width]
-                rest = rest[width:]
+            rest = np.concatenate([rest, block], axis=1) if rest.shape[1] else block
+            whole = rest.shape[1] // width * width
+            for start in range(0, whole, width):
+                yield rest[:, start : start + width]
+            rest = rest[:, whole:]
         yield rest
 
     def _blocks(
@@ -112,60 +114,76 @@ class TrainStream:
             skip = 0
             if len(pending) > self._prefetch:
                 future, first = pending.popleft()
-                yield future.result()[first:]
+                yield future.result()[:, first:]
         for future, first in pending:
-            yield future.result()[first:]
+            yield future.result()[:, first:]
 
     def _shuffled_block(self, epoch: int, stream: int, block: tuple[int, int]) -> Pairs:
         order = self._plan.block_order(epoch, stream, block) - block[0]
-        return self.read(*block)[order]
+        pairs = np.empty((2, len(order)), np.int64)
+        for side, ids in enumerate(self.read(*block)):
+            # Straight into its place: temporaries of this size cost more than the work.
+            np.take(ids, order, out=pairs[side], mode="clip")
+        return pairs
 
-    def read(self, start: int, stop: int) -> Pairs:
+    def read(self, start: int, stop: int) -> Sides:
         """Rows [start, stop) of the train split in manifest order."""
-        parts = [np.empty((0, 2), np.int64)]
+        parts: list[Sides] = []
         for shard, first in zip(self._shards, self._starts, strict=False):
             if first < stop and start < first + shard.rows:
-                parts.append(shard.read(max(start - first, 0), min(stop - first, shard.rows)))
-        return np.concatenate(parts)
+                parts += shard.read(max(start - first, 0), min(stop - first, shard.rows))
+        if len(parts) == 1:
+            return parts[0]
+        return [np.concatenate([part[side] for part in parts]) for side in (0, 1)]
 
 
 class _ShardReader:
-    """One Parquet file: its footer is read once, its row groups by range, one at a time."""
+    """One Parquet file, its row groups by range; the footer is read once.
+
+    A ParquetFile is not safe for two readers: each thread takes an idle one, or opens another.
+    """
 
     def __init__(self, url: str, shard: Shard, manifest: Manifest) -> None:
         self.rows = shard.rows
         self._url = storage.join(url, shard.path)
         self._groups, self._limits = shard.row_groups, (manifest.users, manifest.items)
         self._starts = [0, *accumulate(shard.row_groups)]
-        self._lock = threading.Lock()  # a ParquetFile is not safe for two readers
-        self._file: pq.ParquetFile | None = None
+        self._idle: deque[pq.ParquetFile] = deque()
+        self._footer: pq.FileMetaData | None = None
 
-    def read(self, start: int, stop: int) -> Pairs:
+    def read(self, start: int, stop: int) -> list[Sides]:
         parts = []
         for group, first in enumerate(self._starts[:-1]):
             if first < stop and start < self._starts[group + 1]:
                 pairs = self._read_group(group)
-                parts.append(pairs[max(start - first, 0) : stop - first])
-        return np.concatenate(parts)
+                parts.append([ids[max(start - first, 0) : stop - first] for ids in pairs])
+        return parts
 
-    def _read_group(self, group: int) -> Pairs:
+    def _read_group(self, group: int) -> Sides:
         where = f"{storage.display(self._url)} row group {group}"
-        with self._lock:
-            file = self._file = self._file or self._open()
-            with storage.explained(self._url, f"read row group {group} of"), damage(where):
-                table = file.read_row_group(group, columns=INTERACTION_SCHEMA.names)
+        try:
+            file = self._idle.pop()
+        except IndexError:
+            file = self._open()
+        with storage.explained(self._url, f"read row group {group} of"), damage(where):
+            # The threads of the read-ahead are parallel enough.
+            table = file.read_row_group(group, columns=INTERACTION_SCHEMA.names, use_threads=False)
+        self._idle.append(file)
         if any(column.null_count for column in table.columns):
             raise UserError(f"{where}: holds nulls; run `cnsdiff prepare` again")
-        pairs = np.stack([column.to_numpy() for column in table.columns], axis=1)
+        pairs = [column.to_numpy() for column in table.columns]
         check_ids(pairs, self._limits, where)
         return pairs
 
     def _open(self) -> pq.ParquetFile:
         where = storage.display(self._url)
         with storage.explained(self._url, "read"), damage(f"{where}: not a whole Parquet file"):
+            local = storage.is_local(self._url)
             file = pq.ParquetFile(
-                storage.open_read(self._url), pre_buffer=True, page_checksum_verification=True
-            )
+                # By its path, Arrow reads a local file without Python in between.
+                storage.local_path(self._url) if local else storage.open_read(self._url),
+                metadata=self._footer, pre_buffer=not local, page_checksum_verification=True,
+            )  # fmt: skip
         found = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         if found != self._groups:
             raise UserError(
@@ -176,17 +194,17 @@ class _ShardReader:
         for field in INTERACTION_SCHEMA:
             if field.name not in schema.names or schema.field(field.name).type != field.type:
                 raise UserError(f"{where}: no {field.type} column {field.name!r} in {schema.names}")
+        self._footer = file.metadata
         return file
 
 
-def check_ids(pairs: Pairs, limits: tuple[int, int], where: str) -> None:
+def check_ids(pairs: Sides, limits: tuple[int, int], where: str) -> None:
     """Refuse ids out of range: the tables would train them into some other row.
 
     Raises:
         UserError: naming the first bad id.
     """
-    for column, (name, limit) in enumerate(zip(INTERACTION_SCHEMA.names, limits, strict=True)):
-        ids = pairs[:, column]
+    for ids, name, limit in zip(pairs, INTERACTION_SCHEMA.names, limits, strict=True):
         if len(ids) and (ids.min() < 0 or ids.max() >= limit):
             bad = ids[(ids < 0) | (ids >= limit)][0]
             raise UserError(f"{where}: {name} {bad} is not in 0..{limit - 1}; prepare again")
