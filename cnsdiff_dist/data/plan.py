@@ -73,8 +73,12 @@ class EpochPlan:
 
     def block_order(self, epoch: int, stream: int, block: tuple[int, int]) -> Rows:
         """The train rows of one block, in this epoch's order, int64 [stop - start]."""
+        return block[0] + self.order_in_block(epoch, stream, block)
+
+    def order_in_block(self, epoch: int, stream: int, block: tuple[int, int]) -> Rows:
+        """The same, counted from the block's first row."""
         start, stop = block
-        return start + _generator(self.seed, epoch, stream, start).permutation(stop - start)
+        return _generator(self.seed, epoch, stream, start).permutation(stop - start)
 
     def stream_order(self, epoch: int, stream: int) -> Rows:
         """All rows of a stream in this epoch's order, pads last: int64 [stream_rows]."""

@@ -1,5 +1,6 @@
 """Row groups -> batches: projection, checks, read-ahead, and a start at any step."""
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,7 +54,7 @@ class TrainStream:
     def __init__(
         self, url: str, manifest: Manifest, plan: EpochPlan, streams: list[int], prefetch: int
     ) -> None:
-        self._plan, self._streams, self._prefetch = plan, streams, prefetch
+        self._url, self._plan, self._streams, self._prefetch = url, plan, streams, prefetch
         self._shards = [_ShardReader(url, shard, manifest) for shard in manifest.train.shards]
         self._starts = [0, *accumulate(shard.rows for shard in manifest.train.shards)]
 
@@ -64,7 +65,9 @@ class TrainStream:
             UserError: a shard is missing, truncated, not what the manifest says, or holds
                 an id out of range; names the file and the row group.
         """
-        pool = ThreadPoolExecutor(min(8, len(self._streams) * self._prefetch), "read-ahead")
+        # Threads wait for a remote store, and work on what comes from a local disk.
+        threads = 8 if not storage.is_local(self._url) else (os.cpu_count() or 1) + 1
+        pool = ThreadPoolExecutor(min(threads, len(self._streams) * self._prefetch), "read-ahead")
         try:
             feeds = [self._feed(pool, epoch, stream, first_step) for stream in self._streams]
             for step in range(first_step, self._plan.steps):
@@ -119,7 +122,7 @@ class TrainStream:
             yield future.result()[:, first:]
 
     def _shuffled_block(self, epoch: int, stream: int, block: tuple[int, int]) -> Pairs:
-        order = self._plan.block_order(epoch, stream, block) - block[0]
+        order = self._plan.order_in_block(epoch, stream, block)
         pairs = np.empty((2, len(order)), np.int64)
         for side, ids in enumerate(self.read(*block)):
             # Straight into its place: temporaries of this size cost more than the work.
