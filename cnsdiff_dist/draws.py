@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cnsdiff_dist.world import to_device
+
 _PURPOSE = 1  # the epoch plan has another, so that the two never share a stream
 
 
@@ -39,14 +41,15 @@ class Draws:
     def normal(self, dim: int) -> Tensor:
         """N(0, 1), float32 [B, dim] on the device."""
         parts = [torch.randn(self._width, dim, generator=g) for g in self._normals]
-        return torch.cat(parts).to(self._device)
+        return to_device(torch.cat(parts), self._device)
 
     def integers(self, high: int) -> Tensor:
         """Uniform over 0..high-1, int64 [B] on the device."""
         parts = [g.integers(high, size=self._width) for g in self._generators]
-        return torch.from_numpy(np.concatenate(parts)).to(self._device)
+        return to_device(torch.from_numpy(np.concatenate(parts)), self._device)
 
     def beta(self, a: float, b: float) -> Tensor:
         """Beta(a, b), float32 [B] on the device."""
         parts = [g.beta(a, b, self._width) for g in self._generators]
-        return torch.from_numpy(np.concatenate(parts).astype(np.float32)).to(self._device)
+        drawn = np.concatenate(parts).astype(np.float32)
+        return to_device(torch.from_numpy(drawn), self._device)

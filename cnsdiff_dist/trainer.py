@@ -29,7 +29,7 @@ from cnsdiff_dist.recommender import Recommender
 from cnsdiff_dist.reporting import Reporter
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
 from cnsdiff_dist.samplers.registry import make_sampler
-from cnsdiff_dist.world import World
+from cnsdiff_dist.world import World, to_device
 
 
 @dataclass
@@ -168,8 +168,8 @@ class Trainer:
             user_BD,
             positive_BD,
             candidate.view(rows, per_row, self.config.model.dim),
-            torch.from_numpy(environment).to(device),
-            torch.from_numpy(batch.weight).to(device),
+            to_device(torch.from_numpy(environment), device),
+            to_device(torch.from_numpy(batch.weight), device),
             len(batch.streams),
         )
         candidate_BM = candidate_B.view(rows, per_row)

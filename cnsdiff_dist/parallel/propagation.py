@@ -18,7 +18,7 @@ from cnsdiff_dist.world import World
 
 Places = npt.NDArray[np.int64]
 PIECE_BYTES = 1 << 28  # of the others' rows
-_ROWS, _EDGES = 1 << 16, 1 << 22  # multiplied at a time, at most
+ROWS, EDGES = 1 << 16, 1 << 22  # multiplied at a time, at most
 
 
 @torch.no_grad()
@@ -80,8 +80,8 @@ class _Side:
         total = np.concatenate([[0], np.cumsum(stop - cursor)])
         low = 0
         while low < len(cursor):
-            high = int(np.searchsorted(total, total[low] + _EDGES, side="right")) - 1
-            high = min(max(high, low + 1), low + _ROWS, len(cursor))  # a hub is one of its own
+            high = int(np.searchsorted(total, total[low] + EDGES, side="right")) - 1
+            high = min(max(high, low + 1), low + ROWS, len(cursor))  # a hub is one of its own
             indptr = total[low : high + 1] - total[low]
             edges = np.repeat(cursor[low:high] - indptr[:-1], np.diff(indptr)) + np.arange(
                 indptr[-1]

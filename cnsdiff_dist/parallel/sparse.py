@@ -27,9 +27,9 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from cnsdiff_dist.config import Tables
 from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.models.tables import TABLES, embedding_tables, initial_rows
-from cnsdiff_dist.world import World
+from cnsdiff_dist.world import World, to_device
 
-_ROWS = 1 << 18
+_ROWS = 1 << 16
 _OPTIMIZERS = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adagrad": Adagrad,
@@ -99,7 +99,7 @@ class ShardedTables:
         features = KeyedJaggedTensor(
             keys=list(TABLES),
             values=torch.cat([users, items]),
-            lengths=torch.tensor([len(users), len(items)], device=users.device),
+            lengths=to_device(torch.tensor([len(users), len(items)]), users.device),
         )
         found = self._model(features)
         return torch.cat([found[table].values() for table in TABLES])

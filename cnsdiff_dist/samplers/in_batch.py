@@ -22,6 +22,7 @@ from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.samplers.pools import KnownPositives, batch_offsets
 from cnsdiff_dist.samplers.protocol import Latents, Negatives, Pool
 from cnsdiff_dist.samplers.uniform import UniformSampler
+from cnsdiff_dist.world import to_device
 
 
 class InBatchSampler(UniformSampler):
@@ -36,7 +37,7 @@ class InBatchSampler(UniformSampler):
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
         own = super().negatives(latents, draws, progress)
         offset_BG = batch_offsets(self._known, latents)
-        item_GP = torch.from_numpy(latents.batch.items).to(offset_BG.device)
+        item_GP = to_device(torch.from_numpy(latents.batch.items), offset_BG.device)
         item_GP = item_GP.view(latents.groups, -1)
         offset_BN = None
         if self._log_q:
@@ -54,4 +55,5 @@ class InBatchSampler(UniformSampler):
         """log of how often each item is expected among a row's negatives."""
         q = self._degree[items] / self._edges
         expected = q * width + self._count / self._items
-        return torch.from_numpy(np.log(np.maximum(expected, 1e-12))).to(like)
+        log = np.log(np.maximum(expected, 1e-12)).astype(np.float32)
+        return to_device(torch.from_numpy(log), like.device)

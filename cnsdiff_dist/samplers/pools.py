@@ -12,6 +12,7 @@ from torch import Tensor
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.metrics import Interactions
 from cnsdiff_dist.samplers.protocol import Latents
+from cnsdiff_dist.world import to_device
 
 
 class KnownPositives:
@@ -52,4 +53,4 @@ def batch_offsets(known: KnownPositives, latents: Latents) -> Tensor:
     batch = latents.batch
     out = known.of(batch.users, batch.items, latents.groups)
     out |= np.repeat(batch.weight.reshape(latents.groups, -1) == 0, out.shape[1], axis=0)
-    return torch.where(torch.from_numpy(out).to(latents.user_BD.device), -torch.inf, 0.0)
+    return torch.where(to_device(torch.from_numpy(out), latents.user_BD.device), -torch.inf, 0.0)

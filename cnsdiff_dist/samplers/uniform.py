@@ -9,6 +9,7 @@ from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.stream import Batch
 from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
+from cnsdiff_dist.world import to_device
 
 
 class UniformSampler:
@@ -26,13 +27,13 @@ class UniformSampler:
         )
 
     def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
-        item_BN = torch.from_numpy(latents.candidates).to(latents.user_BD.device)
+        item_BN = to_device(torch.from_numpy(latents.candidates), latents.user_BD.device)
         return Negatives(latents.candidate_BMD, item_BN)
 
 
 def chosen(latents: Latents, column_B: Tensor) -> Negatives:
     """One candidate a row, by its column."""
-    item_BM = torch.from_numpy(latents.candidates).to(column_B.device)
+    item_BM = to_device(torch.from_numpy(latents.candidates), column_B.device)
     vector_BD, item_B = picked(latents.candidate_BMD, column_B), picked(item_BM, column_B)
     return Negatives(vector_BD[:, None], item_B[:, None])
 

@@ -1,0 +1,119 @@
+"""Step time and memory against the number of nodes, on synthetic power-law graphs.
+
+    python -m benchmarks.scale [--nodes 100000 1000000 10000000] [--batch 64 1024] [--root data]
+
+10 edges a node, fan-out 10/5; one process and one thread per size and batch. The datasets are
+made by `cnsdiff prepare` and kept (10 million nodes: 8 minutes, 1.7 GB). Of a step, only what is
+in the training loop is timed: the block has been sampled ahead, and what that took is beside it.
+
+A small catalogue makes a small block: once a batch's sample covers much of the graph, its
+neighbours coincide. So the first batch is small enough for the smallest graph, and the growth
+over the others says what coinciding saves there.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.graphs import power_law_dataset
+from benchmarks.machine import machine, report
+from cnsdiff_dist.cli import quiet
+from cnsdiff_dist.config import load_config
+from cnsdiff_dist.data.dataset import load_manifest
+from cnsdiff_dist.data.graph import open_graph
+from cnsdiff_dist.trainer import Trainer
+from cnsdiff_dist.world import join_world
+
+CONSTANT_GIB = 0.8
+"""Of the memory bound: the process with its libraries (0.45) and a step's own arrays."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
+    parser.add_argument("--batch", type=int, nargs="+", default=[64, 1024])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--root", default="data", help="where the datasets are kept")
+    parser.add_argument("--one", nargs=2, metavar=("DATA", "BATCH"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(_measure(args.one[0], int(args.one[1]), args.steps)))
+        return
+    found = []
+    for nodes in args.nodes:
+        data = power_law_dataset(nodes, args.root)
+        for batch in args.batch:
+            words = ["--one", data, str(batch), "--steps", str(args.steps)]
+            found.append({"nodes": nodes, "batch": batch, **_apart(words)})
+    report(
+        {
+            "benchmark": "scale",
+            "machine": machine(),
+            "fan_out": [10, 5],
+            "runs": found,
+            "growth": {
+                str(batch): _growth([run for run in found if run["batch"] == batch])
+                for batch in args.batch
+            },
+        }
+    )
+
+
+def _apart(words: list[str]) -> dict[str, Any]:
+    """In a process of its own: the peak of memory is that of one run."""
+    command = [sys.executable, "-m", "benchmarks.scale", *words]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _growth(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """The largest graph over the smallest."""
+    first, last = runs[0], runs[-1]
+    return {name: round(last[name] / first[name], 3) for name in ("step_ms", "block_rows")}
+
+
+def _measure(data: str, batch: int, steps: int) -> dict[str, Any]:
+    quiet()
+    torch.set_num_threads(1)
+    words = [
+        f"data.url={data}", f"run.dir={tempfile.mkdtemp()}", f"train.batch={batch}",
+        "train.select_split=valid_iid", "model.propagation=sampled", "model.fan_out=[10,5]",
+    ]  # fmt: skip
+    config = load_config("configs/demo.yaml", words)
+    world, manifest = join_world(60), load_manifest(data)
+    graph = open_graph(data, manifest, verify=False)
+    trainer = Trainer(config, manifest, graph, world)
+    sampling, stepping, rows = [], [], []
+    for taken in itertools.islice(trainer.stream.batches(0), steps):
+        started = time.perf_counter()
+        ready = trainer.loader.prepare(taken)
+        sampled = time.perf_counter()
+        trainer.step(ready)
+        stepping.append(time.perf_counter() - sampled)
+        sampling.append(sampled - started)
+        rows.append(len(ready.block.users) + len(ready.block.items))
+    warm = steps // 3  # first touches of tables and graph are not steps
+    table = 4 * (config.model.dim + 1) * (manifest.users + manifest.items)
+    graph_bytes = sum(blob.bytes for blob in manifest.graph.blobs)
+    bound = 1.15 * table / world.size + graph_bytes
+    return {
+        "edges": manifest.graph.edges,
+        "step_ms": round(1e3 * float(np.median(stepping[warm:])), 2),
+        "sampling_ms": round(1e3 * float(np.median(sampling[warm:])), 2),
+        "block_rows": round(float(np.mean(rows))),
+        "peak_memory_gib": round(world.peak_memory(), 3),
+        "bound_gib": round(bound / 2**30 + CONSTANT_GIB, 3),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Weak scaling: samples a second at 1 and 2 ranks with the same rows per rank.
+
+    python -m benchmarks.weak --data data/power-law-1000000 [--rows 512] [KEY=VALUE ...]
+
+Each rank has one thread and is bound to one core of its own, loader threads included; runs
+alternate. ``efficiency`` is the rate per rank over that of one rank alone on the machine.
+``against_independent`` compares with as many single-rank jobs side by side: they share the
+machine's memory bandwidth as the ranks do, but never communicate.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+from benchmarks.machine import machine, report
+from cnsdiff_dist.cli import quiet
+from cnsdiff_dist.config import load_config
+from cnsdiff_dist.data.dataset import load_manifest
+from cnsdiff_dist.data.graph import open_graph
+from cnsdiff_dist.trainer import Trainer
+from cnsdiff_dist.world import join_world, leave_world
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--rows", type=int, default=512, help="of a rank and step")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    args = parser.parse_args()
+    if "RANK" in os.environ:
+        _work(args)
+        return
+    layouts = {"alone": (1, 1), "independent": (args.ranks, 1), "together": (1, args.ranks)}
+    rates: dict[str, list[float]] = {name: [] for name in layouts}
+    for _, (name, layout) in itertools.product(range(args.rounds), layouts.items()):
+        rates[name].append(_launch(*layout))
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    report(
+        {
+            "benchmark": "weak scaling",
+            "machine": machine(ranks=args.ranks),
+            "data": args.data,
+            "rows_per_rank": args.rows,
+            "samples_per_second": {name: round(rate) for name, rate in median.items()},
+            "efficiency": round(median["together"] / args.ranks / median["alone"], 3),
+            "against_independent": round(median["together"] / median["independent"], 3),
+        }
+    )
+
+
+def _launch(jobs: int, ranks: int) -> float:
+    """Samples a second of so many jobs together, started at once."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = ["--nproc-per-node", str(ranks), "-m", "benchmarks.weak", *sys.argv[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [*launcher, *words], stdout=subprocess.PIPE, text=True,
+            env={**environment, "FIRST_CORE": str(job * ranks)},
+        )
+        for job in range(jobs)
+    ]  # fmt: skip
+    outputs = [job.communicate()[0] for job in running]
+    return sum(float(json.loads(output.splitlines()[-1])["rate"]) for output in outputs)
+
+
+def _work(args: argparse.Namespace) -> None:
+    core = int(os.environ["FIRST_CORE"]) + int(os.environ["LOCAL_RANK"])
+    os.sched_setaffinity(0, {core % (os.cpu_count() or 1)})
+    quiet()
+    torch.set_num_threads(1)
+    world = join_world(120)
+    words = [
+        f"data.url={args.data}", f"run.dir={tempfile.mkdtemp()}", "train.select_split=valid_iid",
+        f"train.batch={args.rows * world.size}", "model.propagation=sampled",
+        "model.fan_out=[10,5]", f"data.streams={4 * world.size}",
+    ]  # fmt: skip
+    config = load_config("configs/demo.yaml", [*words, *args.overrides])
+    manifest = load_manifest(args.data)
+    graph = open_graph(args.data, manifest, verify=False)
+    trainer = Trainer(config, manifest, graph, world)
+    steps = trainer.loader.steps(0)
+    for ready in itertools.islice(steps, args.steps // 3):
+        trainer.step(ready)
+    world.barrier()
+    started = time.perf_counter()
+    for ready in itertools.islice(steps, args.steps):
+        trainer.step(ready)
+    world.barrier()
+    rate = args.steps * config.train.batch / (time.perf_counter() - started)
+    if world.is_main:
+        print(json.dumps({"rate": rate}), flush=True)
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()
