@@ -10,7 +10,6 @@ product rate, both measured here first.
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.machine import machine
 from benchmarks.published import PublishedStep, published_evaluation
 from cnsdiff_dist.cli import quiet
 from cnsdiff_dist.config import Config, load_config
@@ -51,7 +51,8 @@ def main() -> None:
     world, manifest = join_world(60), load_manifest(args.data)
     graph = open_graph(args.data, manifest)
     result = {
-        "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}",
+        "benchmark": "step",
+        "machine": machine(),
         "dataset": {"name": manifest.name, "users": manifest.users, "items": manifest.items},
         "batch": config.train.batch,
         **compare_steps(config, manifest, graph, world, args.steps),

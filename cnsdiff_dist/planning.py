@@ -20,7 +20,7 @@ from cnsdiff_dist.evaluator import ITEMS
 from cnsdiff_dist.models.denoiser import Denoiser
 from cnsdiff_dist.models.lightgcn import sampled_block
 from cnsdiff_dist.parallel.planner import PLACEMENTS, Link, TableShards, plan_tables
-from cnsdiff_dist.parallel.propagation import PIECE_BYTES
+from cnsdiff_dist.parallel.propagation import EDGES, PIECE_BYTES, ROWS
 from cnsdiff_dist.recommender import is_sampled
 
 GB = 10**9
@@ -103,13 +103,16 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return bool(self.tables) and not self.over
+        return not self.over
 
     @property
     def over(self) -> list[str]:
+        """The memories that do not suffice."""
         link = self.cluster.spec.link
         sides = (("GPU", self.device, link.device_bytes), ("host", self.host, link.host_bytes))
-        return [name for name, parts, room in sides if sum(parts.values()) > room * (1 - HEADROOM)]
+        found = [side for side, parts, room in sides if sum(parts.values()) > room * (1 - HEADROOM)]
+        tables_on = "GPU" if self.cluster.cuda else "host"
+        return found if self.tables or tables_on in found else [tables_on, *found]
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "fits": self.fits, "over": self.over}
@@ -237,6 +240,8 @@ def _evaluation_bytes(config: Config, cluster: Cluster, sizes: Sizes) -> int:
     own = [-(-count // cluster.ranks) for count in (sizes.users, sizes.items)]
     copies = 2 if config.model.layers else 1
     others = min(PIECE_BYTES, max(own) * row) if cluster.ranks > 1 else 0
+    # Rows on their way out of the tables, and of one product; places, columns and ones of edges.
+    others += 7 * min(ROWS, max(own)) * row + 40 * min(EDGES, sizes.edges)
     scores = 4 * config.evaluation.users_per_chunk * cluster.ranks
     return copies * sum(own) * row + others + scores * min(ITEMS, own[1]) + 24 * own[1]
 

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +260,19 @@ def test_a_plan_samples_the_datasets_own_blocks(dataset: str, capsys: Any) -> No
     manifest = load_manifest(dataset)
     assert 0 < sizes["block_nodes"] <= manifest.users + manifest.items
     assert sizes["edges"] == manifest.graph.edges
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_planned_memory_is_what_a_run_uses(dataset: str, tmp_path: Path) -> None:
+    """Within 15 %, where rows of 8,192 floats outweigh what a process starts with."""
+    words = [f"data.url={dataset}", "model.dim=8192", "model.propagation=sampled"]
+    words += ["model.fan_out=[3,2]", "train.max_steps=3", "train.batch=64", "generator.hidden=16"]
+    words += ["negatives.kind=in_batch", f"run.dir={tmp_path / 'run'}"]
+    plan = [sys.executable, "-m", "cnsdiff_dist", *PLAN, *words, "--device", "cpu", "--json"]
+    planned = subprocess.run(plan, check=True, capture_output=True, text=True).stdout
+    expected = sum(json.loads(planned)["host"].values()) / 2**30
+    command = [sys.executable, "-m", "cnsdiff_dist", "train", "configs/demo.yaml", *words]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (used,) = re.findall(r"at most ([0-9.]+) GiB a rank", shown)
+    assert float(used) == pytest.approx(expected, rel=0.15)

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         _print(plan, config)
     if not plan.fits:
-        where = " and ".join(plan.over) or "GPU" if cluster.cuda else "host"
+        where = " and ".join(plan.over)
         raise UserError(
             f"{args.config}: does not fit the {where} memory of {args.nodes} x "
             f"{args.gpus_per_node} {args.device}; try {'; or '.join(plan.changes)}"

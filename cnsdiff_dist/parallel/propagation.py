@@ -32,16 +32,21 @@ def propagate_own(
         _Side(graph.item_indptr, graph.item_users, graph.users, world),
     ]
     for _ in range(layers):
-        # Horner, as in models/lightgcn.py: out <- x + Â out.
-        for side, rows_RD in zip(sides, out, strict=True):
-            rows_RD *= side.scale_R1
-        new = [tables.own_rows("user"), tables.own_rows("item")]
-        for side, rows_RD, others in zip(sides, new, (out[1], out[0]), strict=True):
-            side.add_product(rows_RD, others)
-        out = new
+        out = _layer(tables, sides, out)
     for rows_RD in out:
         rows_RD /= layers + 1
     return out[0], out[1]
+
+
+def _layer(tables: ShardedTables, sides: list["_Side"], out: list[Tensor]) -> list[Tensor]:
+    """x + Â out (Horner, as in models/lightgcn.py). Scales ``out`` in place, which is done with;
+    a function of its own, so that no name of it outlives the layer and keeps the rows."""
+    for side, rows_RD in zip(sides, out, strict=True):
+        rows_RD *= side.scale_R1
+    new = [tables.own_rows("user"), tables.own_rows("item")]
+    for side, rows_RD, others in zip(sides, new, (out[1], out[0]), strict=True):
+        side.add_product(rows_RD, others)
+    return new
 
 
 class _Side:
