@@ -18,13 +18,12 @@ from cnsdiff_dist.world import to_device
 class KnownPositives:
     """Tells which positives of a group a user of the group has interacted with.
 
-    The work is in proportion to the train rows of the batch's distinct users; one int32 per
-    catalogue item is kept, so that no step has to search or to clear the catalogue.
+    The work is in proportion to the train rows of the batch's distinct users; nothing is kept
+    that has the length of the catalogue.
     """
 
     def __init__(self, graph: GraphArrays) -> None:
         self._train = Interactions(graph.user_indptr, graph.user_items)
-        self._slot = np.full(len(graph.item_indptr) - 1, -1, np.int32)
 
     def of(
         self, users: npt.NDArray[np.int64], items: npt.NDArray[np.int64], groups: int
@@ -39,11 +38,10 @@ class KnownPositives:
         pool, column = np.unique(items, return_inverse=True)
         who, row = np.unique(users, return_inverse=True)
         owner, liked = self._train.of(who)
-        self._slot[pool] = np.arange(len(pool))
-        slot = self._slot[liked]
-        self._slot[pool] = -1
+        place = np.searchsorted(pool, liked)
+        in_pool = pool.take(place, mode="clip") == liked
         known = np.zeros((len(who), len(pool)), bool)
-        known[owner[slot >= 0], slot[slot >= 0]] = True
+        known[owner[in_pool], place[in_pool]] = True
         return known[row].take(column, axis=1)
 
 
