@@ -2,7 +2,7 @@
 
 TorchRec's planner places the tables; the rest is counted here from the shapes of what the code
 allocates and sends. Times are floors of bytes and operations over the rates in ``DEVICES``,
-which are makers' figures except where the name says measured; nothing overlaps in them.
+which are makers' figures for GPUs and measured ones for CPUs; nothing overlaps in them.
 
 Shapes: N nodes of a rank's block, E edges in it, B rows of a rank, P vectors in a row's pool,
 R rows that a rank owns, D embedding dim, W ranks.
@@ -26,7 +26,7 @@ from cnsdiff_dist.recommender import is_sampled
 GB = 10**9
 HEADROOM = 0.1
 """Of a device's memory, for the allocator's gaps and the libraries' own."""
-_FBGEMM_CPU_SECONDS = 1.5e-6  # per looked-up row, forward and backward, measured (benchmarks.md)
+_FBGEMM_CPU_SECONDS = 2e-6  # per row looked up and updated, measured (docs/benchmarks.md)
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ DEVICES = {
     "h100": Device(Link(3.35e12, 64e9, 450e9, 50e9, 80 * GB, 250 * GB), 495e12, 2e-3),
     "h200": Device(Link(4.8e12, 64e9, 450e9, 50e9, 141 * GB, 250 * GB), 495e12, 2e-3),
     "a100": Device(Link(2.04e12, 32e9, 300e9, 25e9, 80 * GB, 125 * GB), 156e12, 2e-3),
-    # one core: copy bandwidth and matrix products as measured for benchmarks.md
-    "cpu": Device(Link(8e9, 8e9, 2e9, 1e9, 0, 0), 60e9, 8e-3),
+    # one core: copies, products and gloo over the loopback as measured where docs/benchmarks.md was
+    "cpu": Device(Link(13e9, 13e9, 1.4e9, 1e9, 0, 0), 160e9, 5e-3),
 }
 
 
@@ -292,7 +292,7 @@ def _seconds(
         "negatives and losses": (pool + generator) / spec.operations,
         "links": sent["within the node"] / link.within_node
         + sent["between nodes"] / link.between_nodes,
-        "kernel launches and Python": spec.kernels_seconds,
+        "kernel launches and Python (a guess)": spec.kernels_seconds,
     }
 
 

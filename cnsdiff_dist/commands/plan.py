@@ -153,4 +153,4 @@ def _print(plan: "Plan", config: Config) -> None:
 def _assumed(cluster: "Cluster") -> str:
     if cluster.cuda:
         return "makers' figures, not measured here"
-    return "one core a rank, as measured for docs/benchmarks.md"
+    return "one core a rank as in docs/benchmarks.md, the network between nodes a guess"
