@@ -140,8 +140,8 @@ def _print(plan: "Plan", config: Config) -> None:
     console.print(step)
     print(
         f"{config.train.batch / total_s:,.0f} samples/s at most if nothing overlaps, with "
-        f"{link.memory / 1e9:,.0f} GB/s of memory, {link.within_node / 1e9:,.0f} GB/s within a "
-        f"node and {link.between_nodes / 1e9:,.0f} GB/s between nodes per rank, one way; "
+        f"{link.memory / 1e9:,.0f} GB/s of memory, {link.within_node / 1e9:,.4g} GB/s within a "
+        f"node and {link.between_nodes / 1e9:,.4g} GB/s between nodes per rank, one way; "
         f"{_assumed(cluster)}"
     )
     if plan.fits and plan.changes:
