@@ -191,13 +191,16 @@ def _plan(config: Config, cluster: Cluster, sizes: Sizes, base: int, placement: 
     held = _fullest(tables or [], placement)
     on_device = held[0] if cluster.cuda else 0
     device = {"tables and optimizer": on_device, "step": step} if cluster.cuda else {}
-    # The nodes' page cache holds the graph once for all ranks; a process maps all of it.
+    evaluation = _evaluation_bytes(config, cluster, sizes)
+    on_host = 0 if cluster.cuda else step
+    # The nodes' page cache holds the graph once for all ranks; a process maps all of it. What a
+    # step holds is free again when an evaluation begins.
     host = {
         "process": base,
         "tables and optimizer": sum(held) - on_device,
         "graph (shared by the node's ranks)": graph // cluster.per_node if cluster.cuda else graph,
-        "step": 0 if cluster.cuda else step,
-        "evaluation": _evaluation_bytes(config, cluster, sizes),
+        "step": on_host,
+        "evaluation, beyond a step": max(evaluation - on_host, 0),
     }
     sent = _sent(config, cluster, sizes)
     return Plan(
@@ -216,15 +219,23 @@ def _fullest(tables: list[TableShards], placement: str) -> tuple[int, int]:
 
 
 def _step_bytes(config: Config, cluster: Cluster, sizes: Sizes) -> int:
-    """What a step holds at its fullest, in the backward of the encoder."""
+    """What a step holds at its fullest, in the backward of the encoder. The numbers of copies are
+    fitted to runs on CPUs (docs/benchmarks.md)."""
     rows, dim = config.train.batch // cluster.ranks, config.model.dim
-    # Rows as they come from the tables and side by side, the gradient, and what is sent back.
-    lookup = 4 * 4 * sizes.block_nodes * dim
-    operator = 2 * 8 * sizes.block_edges * (2 if config.data.workers else 1)
+    whole = not _sampled(config, sizes.users + sizes.items)
+    # Rows as they come from the tables and side by side, the gradient, and what is sent back;
+    # of a whole graph also every layer's.
+    lookup = 4 * (8 if whole else 4) * sizes.block_nodes * dim
+    # An operator and its transpose: of this step and of those ahead; and, on the host, the
+    # arrays of 64-bit numbers that one is sampled with. A whole graph's is there once.
+    ahead = 0 if cluster.cuda else config.data.workers
+    operator = sizes.block_edges * (16 * (2 + ahead) + 80 * ahead)
+    if whole:
+        operator = 2 * sizes.edges * (8 if cluster.cuda else 48)
     width = config.train.batch // config.data.streams
     pool = width + width * config.generator.train_share * len(config.generator.levels)
     shares = config.negatives.kind in ("cnsdiff", "in_batch", "mixed", "dmns")
-    logits = 6 * 4 * rows * (pool if shares else _candidates(config))
+    logits = 4 * 4 * rows * (pool if shares else _candidates(config))
     vectors = 12 * 4 * rows * (2 + _candidates(config)) * dim
     generator = 8 * 4 * rows * (3 * dim + 2 * config.generator.hidden)
     blocks = config.data.prefetch_blocks * config.data.streams // cluster.ranks + 1
@@ -260,8 +271,13 @@ def _sent(config: Config, cluster: Cluster, sizes: Sizes) -> dict[str, int]:
     }
 
 
+def has_network(config: Config) -> bool:
+    """Whether the sampler has a denoiser, and so an engine that trains it."""
+    return config.negatives.kind.startswith(("cnsdiff", "dmns"))
+
+
 def _parameters(config: Config) -> int:
-    if not config.negatives.kind.startswith(("cnsdiff", "dmns")):
+    if not has_network(config):
         return 0
     generator = config.generator
     environments = 5 if "environment" in generator.condition else 0

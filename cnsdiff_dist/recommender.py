@@ -81,6 +81,7 @@ class Recommender:
     def encode_all(self) -> tuple[Tensor, Tensor]:
         """This rank's own users and items, [R, D] each, propagated exactly, as the objective
         sees them: their dot product is the score. On the host. Collective."""
+        self._world.release_freed_blocks()
         own = propagate_own(self.tables, self._graph, self._layers, self._world)
         if self._objective.similarity == "cosine":
             for rows_RD in own:  # in place: there may be no room for them twice

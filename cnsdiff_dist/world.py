@@ -16,6 +16,7 @@ import torch.distributed as dist
 from cnsdiff_dist.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_LIBC = ctypes.CDLL(None) if hasattr(ctypes.CDLL(None), "mallopt") else None  # musl has none
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,11 @@ class World:
         peaks = self.gather(torch.tensor([held / 2**30], device=self.device))
         return float(peaks.max())
 
+    def release_freed_blocks(self) -> None:
+        """Hand back what steps left for the next ones, before other work that fills the memory."""
+        if self.device.type == "cpu" and _LIBC is not None:
+            _LIBC.malloc_trim(0)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -142,7 +148,6 @@ def _keep_freed_blocks() -> None:
 
     By default it hands them back to the kernel, and every page of the next step's is a fault.
     """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl has none
+    if _LIBC is not None:
         for option, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 512 << 20)):
-            libc.mallopt(option, value)
+            _LIBC.mallopt(option, value)

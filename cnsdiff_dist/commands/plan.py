@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
     from cnsdiff_dist.planning import Cluster, make_plan
 
     cluster = Cluster(args.device, args.nodes, args.gpus_per_node)
-    plan = make_plan(config, cluster, _sizes(args, config, cluster), _base_bytes())
+    base = _base_bytes(config)  # before the sampling of blocks leaves its own behind
+    plan = make_plan(config, cluster, _sizes(args, config, cluster), base)
     if args.json:
         print(json.dumps(plan.to_json(), indent=2))
     else:
@@ -91,12 +92,25 @@ def _sizes(args: argparse.Namespace, config: Config, cluster: "Cluster") -> "Siz
     return sizes_of(config, cluster, open_graph(config.data.url, manifest, verify=False))
 
 
-def _base_bytes() -> int:
-    """What a training process holds before it has tables: this one imports the same."""
-    import cnsdiff_dist.trainer  # noqa: F401
-    from cnsdiff_dist.parallel.dense import import_engine
+def _base_bytes(config: Config) -> int:
+    """What a training process holds before it has a dataset: this one, after a step of nothing
+    (libraries import much of themselves when they are first used)."""
+    import torch
 
-    import_engine()
+    import cnsdiff_dist.trainer  # noqa: F401
+    from cnsdiff_dist.parallel.dense import DenseEngine
+    from cnsdiff_dist.parallel.sparse import ShardedTables
+    from cnsdiff_dist.planning import has_network
+    from cnsdiff_dist.world import join_world
+
+    world = join_world(config.run.timeout_seconds)
+    tables = ShardedTables(1, 1, 4, config.tables, 1, 0, world)
+    network = torch.nn.Linear(4, 4) if has_network(config) else None
+    engine = DenseEngine(network, config.generator, 1)
+    first = torch.zeros(1, dtype=torch.int64, device=world.device)
+    rows = tables.lookup(first, first)
+    engine.backward((engine.network(rows) if engine.network else rows).sum())
+    engine.step()
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

@@ -123,12 +123,6 @@ class DenseEngine:
             zero._lazy_init_hp_params_optimizer_state()
 
 
-def import_engine() -> None:
-    """Import DeepSpeed, for what that weighs; on CPUs, whatever the machine."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401
-
-
 def _initialize(module: nn.Module, config: Generator, rows_per_rank: int) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     os.environ.setdefault("DS_LOG_LEVEL", "error")
