@@ -13,7 +13,6 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from torch import Tensor
 from torchrec import EmbeddingCollection, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_sharding import USE_ONE_TBE_PER_TABLE
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -176,7 +175,7 @@ def described(
     return collection
 
 
-def _pool_single_rows(model: torch.nn.Module) -> None:
+def _pool_single_rows(model: DistributedModelParallel) -> None:
     """Have FBGEMM's CPU kernels sum bags of one row instead of looking rows up one by one.
 
     The numbers are the same. But its backward for single rows keeps each row's gradient in a
@@ -189,9 +188,9 @@ def _pool_single_rows(model: torch.nn.Module) -> None:
         indices = kwargs["indices"]
         return args, {**kwargs, "offsets": torch.arange(len(indices) + 1, dtype=indices.dtype)}
 
-    for module in model.modules():
-        if isinstance(module, BatchedFusedEmbedding):
-            kernel = module.emb_module
+    sharded: Any = model.module
+    for lookup in sharded._lookups:  # no modules of the model: TorchRec keeps them in a list
+        for kernel in (part.emb_module for part in lookup._emb_modules):
             kernel.pooling_mode = PoolingMode.SUM
             kernel.register_forward_pre_hook(a_bag_a_row, with_kwargs=True)
 
