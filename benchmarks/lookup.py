@@ -2,8 +2,8 @@
 
     python -m benchmarks.lookup [--rows 1000000] [--ids 20000]
 
-One process, one thread. Both update the same number of rows by rowwise Adagrad; the bare
-kernel gets its ids ready-made.
+One process, one thread. All update the same number of rows by rowwise Adagrad; the bare kernels
+get their ids ready-made, and look them up one by one (``single``) or as bags of one (``bags``).
 """
 
 import argparse
@@ -14,6 +14,7 @@ import torch
 from benchmarks.machine import alternated, machine, ratio, report
 from cnsdiff_dist.cli import quiet
 from cnsdiff_dist.config import Tables
+from cnsdiff_dist.models.tables import TABLES
 from cnsdiff_dist.parallel.sparse import ShardedTables
 from cnsdiff_dist.world import join_world
 
@@ -28,7 +29,8 @@ def main() -> None:
     quiet()
     torch.set_num_threads(1)
     tables = ShardedTables(args.rows, args.rows, args.dim, Tables(), 8, 0, join_world(60))
-    bare = _bare(args.rows, args.dim)
+    single = _bare(2, args.rows, args.dim, "NONE")
+    bags = [_bare(1, args.rows, args.dim, "SUM") for _ in TABLES]
     generator = np.random.default_rng(0)
 
     def draw() -> torch.Tensor:
@@ -36,17 +38,22 @@ def main() -> None:
 
     gradient = torch.randn(2 * args.ids, args.dim)
     ids = [(draw(), draw()) for _ in range(args.rounds + 1)]
-    of_ours, of_bare = iter(ids), iter(ids)
+    of_ours, of_single, of_bags = iter(ids), iter(ids), iter(ids)
 
     def ours() -> None:
         tables.lookup(*next(of_ours)).backward(gradient)
 
-    def theirs() -> None:
-        both = next(of_bare)
+    def one_by_one() -> None:
         offsets = torch.tensor([0, args.ids, 2 * args.ids])
-        bare(torch.cat(both), offsets).backward(gradient)
+        single(torch.cat(next(of_single)), offsets).backward(gradient)
 
-    seconds = alternated({"ours": ours, "bare": theirs}, args.rounds)
+    def as_bags() -> None:
+        offsets = torch.arange(args.ids + 1)
+        for kernel, some, part in zip(bags, next(of_bags), gradient.chunk(2)):
+            kernel(some, offsets).backward(part)
+
+    calls = {"ours": ours, "single": one_by_one, "bags": as_bags}
+    seconds = alternated(calls, args.rounds)
     report(
         {
             "benchmark": "lookup",
@@ -58,12 +65,14 @@ def main() -> None:
                 name: round(1e6 * float(np.median(values)) / (2 * args.ids), 3)
                 for name, values in seconds.items()
             },
-            "share_of_bare_fbgemm": round(ratio(seconds, "bare", "ours"), 3),
+            "share_of_bare_fbgemm": {
+                name: round(ratio(seconds, name, "ours"), 3) for name in ("single", "bags")
+            },
         }
     )
 
 
-def _bare(rows: int, dim: int) -> torch.nn.Module:
+def _bare(tables: int, rows: int, dim: int, pooling: str) -> torch.nn.Module:
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
         EmbeddingLocation,
@@ -76,8 +85,8 @@ def _bare(rows: int, dim: int) -> torch.nn.Module:
 
     table = (rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)
     operator = SplitTableBatchedEmbeddingBagsCodegen(
-        [table, table], optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=0.05,
-        pooling_mode=PoolingMode.NONE,
+        [table] * tables, optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=0.05,
+        pooling_mode=PoolingMode[pooling],
     )  # fmt: skip
     for weights in operator.split_embedding_weights():
         weights.data.normal_()
