@@ -242,6 +242,13 @@ def test_what_does_not_fit_says_what_would(capsys: Any) -> None:
     assert "fp16" in line and "Traceback" not in line
 
 
+@pytest.mark.parametrize("word", ["tables.placement=uvm", "tables.optimizer=adam"])
+def test_what_only_gpus_do_is_planned_without_one(capsys: Any, word: str) -> None:
+    words = [*PLAN, word, "data.streams=32", *H100, *_counts("1e6", "1e5", "1e7")]
+    assert main(words) == 0
+    assert "it fits" in capsys.readouterr().out
+
+
 def test_a_plan_needs_sizes(capsys: Any) -> None:
     assert main([*PLAN, "--users", "5"]) == 2
     assert "give all three or none" in capsys.readouterr().err

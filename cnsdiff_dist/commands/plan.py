@@ -5,7 +5,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from cnsdiff_dist.config import Config, load_config
+from cnsdiff_dist.config import Config, Tables, load_config
 from cnsdiff_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _base_bytes(config: Config) -> int:
     from cnsdiff_dist.world import join_world
 
     world = join_world(config.run.timeout_seconds)
-    tables = ShardedTables(1, 1, 4, config.tables, 1, 0, world)
+    tables = ShardedTables(1, 1, 4, Tables(), 1, 0, world)  # the config's may need a GPU
     network = torch.nn.Linear(4, 4) if has_network(config) else None
     engine = DenseEngine(network, config.generator, 1)
     first = torch.zeros(1, dtype=torch.int64, device=world.device)
