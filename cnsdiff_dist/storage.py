@@ -9,6 +9,7 @@ names the URL, without its secrets, and what to do.
 import errno
 import json
 import os
+import random
 import re
 import shutil
 import tempfile
@@ -26,7 +27,6 @@ from cnsdiff_dist.errors import UserError
 
 CONNECT_SECONDS = 4
 READ_SECONDS = 30
-ATTEMPTS = 3
 
 _Result = TypeVar("_Result")
 
@@ -35,12 +35,34 @@ _Result = TypeVar("_Result")
 _TRANSIENT = {
     "ConnectionError", "TimeoutError", "EndpointConnectionError", "ConnectTimeoutError",
     "ReadTimeoutError", "ConnectionClosedError", "ClientConnectorError", "ServerTimeoutError",
-    "ServerDisconnectedError", "ClientPayloadError",
+    "ServerDisconnectedError", "ClientPayloadError", "HTTPClientError", "IncompleteRead",
+    "FSTimeoutError", "ResponseParserError", "ServiceUnavailable",
+}  # fmt: skip
+_TRANSIENT_ERRNO = {
+    getattr(errno, name)
+    for name in (
+        "EAGAIN", "EBUSY", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTUNREACH", "EIO",
+        "ENETDOWN", "ENETUNREACH", "EPIPE", "EREMOTEIO", "ESTALE", "ETIMEDOUT",
+    )
 }  # fmt: skip
 _NO_CREDENTIALS = {
     "NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "ProfileNotFound",
     "DefaultCredentialsError", "CredentialRetrievalError",
 }  # fmt: skip
+
+
+class Patience:
+    """How long an operation whose failure may pass is tried again, and how often one was.
+
+    A command gives up after ``seconds``, soon, since its user waits. A training that has begun
+    is set to more (``run.retry_seconds``): it outlasts a store that is down for minutes.
+    """
+
+    seconds: float = 2.0
+    retries: int = 0
+
+
+patience = Patience()
 
 
 def protocol(url: str) -> str:
@@ -104,6 +126,13 @@ def _has(error: BaseException, names: set[str]) -> bool:
     return any(base.__name__ in names for base in type(error).__mro__)
 
 
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed later: the network's or the server's fault, not ours."""
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return False
+    return _has(error, _TRANSIENT) or getattr(error, "errno", None) in _TRANSIENT_ERRNO
+
+
 def explain(error: BaseException, url: str, action: str) -> UserError:
     """The one line to show for ``error``, met while trying to ``action`` (a verb) ``url``."""
     where, code = display(url), getattr(error, "errno", None)
@@ -114,7 +143,7 @@ def explain(error: BaseException, url: str, action: str) -> UserError:
             f"{where}: cannot {action}: no credentials; set them for "
             f"{protocol(url)} (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
         )
-    if _has(error, _TRANSIENT):
+    if is_transient(error) and not is_local(url):
         return UserError(
             f"{where}: cannot {action}: the host does not answer; check the URL, the network "
             "and the endpoint (for s3: AWS_ENDPOINT_URL)"
@@ -191,21 +220,26 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     with explained(url, "open"):
         fs, path = fsspec.core.url_to_fs(url, **options)
     if hasattr(fs, "retries"):
-        fs.retries = ATTEMPTS
+        fs.retries = 3  # a few within a second; `retrying` is for the long waits
     return fs, path
 
 
-def _retry(fs: fsspec.AbstractFileSystem, call: Callable[[], _Result]) -> _Result:
-    """Call, and again after a pause if the failure may pass; filesystems that retry do it alone."""
-    attempts = 1 if hasattr(fs, "retries") else ATTEMPTS
-    for attempt in range(1, attempts):
+def retrying(call: Callable[[], _Result]) -> _Result:
+    """Call, and again while the failure may pass and :data:`patience` lasts.
+
+    Pauses grow to 10 s and are random, so that a thousand ranks do not come back at once.
+    """
+    deadline, ceiling = time.monotonic() + patience.seconds, 0.2
+    while True:
         try:
             return call()
         except Exception as error:
-            if not _has(error, _TRANSIENT):
+            pause = random.uniform(ceiling / 4, ceiling)
+            if not is_transient(error) or time.monotonic() + pause > deadline:
                 raise
-            time.sleep(0.2 * 4**attempt)
-    return call()
+            patience.retries += 1
+            time.sleep(pause)
+            ceiling = min(2 * ceiling, 10.0)
 
 
 def open_read(url: str, compression: str | None = None) -> IO[bytes]:
@@ -214,7 +248,7 @@ def open_read(url: str, compression: str | None = None) -> IO[bytes]:
         fs, path = filesystem(url)
         if is_local(url) and fs.isdir(path):
             raise UserError(f"{display(url)}: is a directory; name a file, or use a glob")
-        return _retry(fs, lambda: fs.open(path, "rb", compression=compression))
+        return retrying(lambda: fs.open(path, "rb", compression=compression))
 
 
 def read_bytes(url: str) -> bytes:
@@ -224,7 +258,7 @@ def read_bytes(url: str) -> bytes:
 
     with explained(url, "read"):
         fs, path = filesystem(url)
-        return _retry(fs, read)
+        return retrying(read)
 
 
 def read_text(url: str) -> str:
@@ -288,14 +322,14 @@ def exists(url: str) -> bool:
     """Whether a file, or a directory (prefix) with something in it, is there."""
     with explained(url, "look at"):
         fs, path = filesystem(url)
-        return _retry(fs, lambda: bool(fs.exists(path)))
+        return retrying(lambda: bool(fs.exists(path)))
 
 
 def list_files(url: str) -> list[str]:
     """Every file under a directory, sorted, relative to it; empty when there is none."""
     with explained(url, "list"):
         fs, path = filesystem(url)
-        found = _retry(fs, lambda: list(fs.find(path)))
+        found = retrying(lambda: list(fs.find(path)))
         base = path.rstrip("/") + "/"
         return sorted(name[len(base) :] for name in found if name.startswith(base))
 
@@ -313,7 +347,7 @@ def glob(pattern: str) -> list[str]:
         return [pattern]
     with explained(pattern, "list"):
         fs, path = filesystem(pattern)
-        found = sorted(str(name) for name in _retry(fs, lambda: list(fs.glob(path))))
+        found = sorted(str(name) for name in retrying(lambda: list(fs.glob(path))))
     if not found:
         raise UserError(f"{display(pattern)}: no file matches; check the pattern and quote it")
     return found if is_local(pattern) else [str(fs.unstrip_protocol(name)) for name in found]
@@ -331,11 +365,11 @@ def delete_tree(url: str) -> None:
             return
         fs, remote = filesystem(url)
         with suppress(FileNotFoundError):
-            fs.rm(remote, recursive=True)
+            retrying(lambda: fs.rm(remote, recursive=True))
 
 
 def upload(source: Path, url: str) -> None:
     """Copy a local file to a URL."""
     with explained(url, "write"):
         fs, path = filesystem(url)
-        _retry(fs, lambda: fs.put_file(str(source), path))
+        retrying(lambda: fs.put_file(str(source), path))

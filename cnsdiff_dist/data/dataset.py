@@ -84,12 +84,13 @@ def read_id_blocks(
 
 def _read_shard(url: str, shard: Shard, columns: list[str] | None) -> pa.Table:
     path = storage.join(url, shard.path)
-    with (
-        storage.open_read(path) as file,
-        storage.explained(path, "read"),
-        damage(storage.display(path)),
-    ):
-        table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
+
+    def read() -> pa.Table:
+        with storage.open_read(path) as file:
+            return pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
+
+    with storage.explained(path, "read"), damage(storage.display(path)):
+        table = storage.retrying(read)
     if table.num_rows != shard.rows:
         raise _damaged(path, f"{table.num_rows} rows, where the manifest promises {shard.rows}")
     missing = set(columns or []) - set(table.column_names)

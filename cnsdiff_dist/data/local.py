@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import IO
@@ -70,7 +71,7 @@ def _fetch(sources: list[str], blobs: Sequence[Blob], file: IO[bytes]) -> None:
     os.truncate(file.fileno(), starts[-1])
     with ThreadPoolExecutor(min(8, len(blobs)), "fetch") as pool:
         jobs = [
-            pool.submit(_fetch_one, source, blob, file.fileno(), start)
+            pool.submit(storage.retrying, partial(_fetch_one, source, blob, file.fileno(), start))
             for source, blob, start in zip(sources, blobs, starts[:-1], strict=True)
         ]
         for job in jobs:
