@@ -1,6 +1,7 @@
 """The ``cnsdiff`` command: parse, run a subcommand, turn what goes wrong into one line.
 
-Exit codes: 0 done, 2 the user can mend it (one line says how), 130 interrupted, 1 a bug.
+Exit codes: 0 done, 2 the user can mend it (one line says how), 75 run it again (preempted, a peer
+lost, a host that does not answer), 130 interrupted, 1 a bug.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def main(words: list[str] | None = None) -> int:
         args.run(args)
     except UserError as error:
         _complain(str(error))
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         _complain("interrupted; what was committed is kept")
         return 130

@@ -30,6 +30,22 @@ class Run(Section):
     dir: str = Field("", description="run directory, any fsspec URL; default runs/CONFIG-NAME")
     seed: int = Field(0, ge=0, lt=2**31)
     timeout_seconds: int = Field(600, ge=1, description="a collective that waits longer fails")
+    retry_seconds: int = Field(
+        300, ge=0, description="how long a store that does not answer is tried again; must be less "
+        "than timeout_seconds, which the other ranks wait",
+    )  # fmt: skip
+    grace_seconds: int = Field(
+        25, ge=1, description="after SIGTERM, to checkpoint; torchrun and Kubernetes kill after 30",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _peers_outwait_retries(self) -> Self:
+        if self.retry_seconds >= self.timeout_seconds:
+            raise ValueError(
+                f"retry_seconds ({self.retry_seconds}) must be less than timeout_seconds "
+                f"({self.timeout_seconds}): a rank would be given up while it tries again"
+            )
+        return self
 
 
 class Model(Section):
@@ -162,10 +178,21 @@ class Train(Section):
     patience: int = Field(4, ge=1, description="evaluations without a better one before stopping")
     evaluations_per_epoch: int = Field(1, ge=1)
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop", description="when loss or gradient is not finite on some rank: end the run, or "
+        "leave the step out on all and count it (10 in a row end the run)",
+    )  # fmt: skip
+    max_growth: float = Field(
+        100.0, ge=0, description="end the run when the mean loss is above so many times its first "
+        "value; 0 for never",
+    )  # fmt: skip
 
 
 class Checkpoint(Section):
     every_steps: int = Field(0, ge=0, description="0: only when the model is evaluated")
+    background: bool = Field(
+        True, description="write behind the next steps, from a copy on the host of what is saved"
+    )
     keep: int = Field(2, ge=1, description="newest checkpoints kept, besides the best")
 
 

@@ -3,6 +3,7 @@
 Shapes: B rows, D embedding dim, N nodes of a block (users first); R this rank's own rows.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -57,15 +58,20 @@ class Recommender:
             return replace(self._whole, position=position)
         return sampled_block(self._graph, users, items, self._fan_out[: self._layers], key)
 
-    def encode(self, block: Block) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, block: Block, gate: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Encoder outputs of the users and items asked for, users first [both, D], and the half
         squared norms [both] of the table rows beneath them (what L2 regularises).
 
         One table lookup: each row once, however often its id occurs. :meth:`scored` makes the
-        outputs what the objective sees.
+        outputs what the objective sees. ``gate`` may change the gradient [N, D] of the rows, before
+        backward updates the tables with it.
         """
         block = block.to(self._world.device)
         ego_ND = self.tables.lookup(block.users, block.items)
+        if gate is not None and ego_ND.requires_grad:
+            ego_ND.register_hook(gate)
         h_TD = propagate(block, ego_ND, self._layers)
         asked_TD = ego_ND if block.targets is None else ego_ND.index_select(0, block.targets)
         half_square = losses.l2(asked_TD).index_select(0, block.position)

@@ -85,7 +85,9 @@ class Reporter(Screen):
     def log(self, step: int, epoch: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, the same values in TensorBoard and on the screen."""
         self._write(step, epoch, "train", values)
-        note = f"loss {values['loss']:.4f}  {values['samples_per_second']:,.0f} samples/s"
+        note = "every step left out: not finite"
+        if "loss" in values:
+            note = f"loss {values['loss']:.4f}  {values['samples_per_second']:,.0f} samples/s"
         self._bar.update(self._task, note=note)
         if not self._console.is_terminal:
             pace = (time.monotonic() - self._started) / max(step - self._first_step, 1)

@@ -25,7 +25,8 @@ _CONFIG, _DATASET, _ENVIRONMENT = "config.yaml", "dataset.json", "environment.js
 # or, like the number of epochs, only how long.
 _MAY_CHANGE = {
     "data.url", "data.prefetch_blocks", "data.workers", "run.dir", "run.timeout_seconds",
-    "train.epochs", "train.max_steps", "train.patience", "train.log_every",
+    "run.retry_seconds", "run.grace_seconds", "train.non_finite", "train.max_growth",
+    "checkpoint.background", "train.epochs", "train.max_steps", "train.patience", "train.log_every",
     "checkpoint.every_steps", "checkpoint.keep", "evaluation.users_per_chunk",
 }  # fmt: skip
 

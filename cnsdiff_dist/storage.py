@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.utils import get_protocol
 
-from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.errors import TryAgain, UserError
 
 CONNECT_SECONDS = 4
 READ_SECONDS = 30
@@ -55,14 +55,24 @@ class Patience:
     """How long an operation whose failure may pass is tried again, and how often one was.
 
     A command gives up after ``seconds``, soon, since its user waits. A training that has begun
-    is set to more (``run.retry_seconds``): it outlasts a store that is down for minutes.
+    has more (:func:`patient`): it outlasts a store that is down for minutes.
     """
 
-    seconds: float = 2.0
+    seconds: float = 10.0
     retries: int = 0
 
 
 patience = Patience()
+
+
+@contextmanager
+def patient(seconds: float) -> Iterator[None]:
+    """Inside the block, in all threads, failures that may pass are tried again for so long."""
+    before, patience.seconds = patience.seconds, seconds
+    try:
+        yield
+    finally:
+        patience.seconds = before
 
 
 def protocol(url: str) -> str:
@@ -144,7 +154,7 @@ def explain(error: BaseException, url: str, action: str) -> UserError:
             f"{protocol(url)} (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
         )
     if is_transient(error) and not is_local(url):
-        return UserError(
+        return TryAgain(
             f"{where}: cannot {action}: the host does not answer; check the URL, the network "
             "and the endpoint (for s3: AWS_ENDPOINT_URL)"
         )
@@ -373,3 +383,27 @@ def upload(source: Path, url: str) -> None:
     with explained(url, "write"):
         fs, path = filesystem(url)
         retrying(lambda: fs.put_file(str(source), path))
+
+
+def size(url: str) -> int:
+    """The bytes of a file."""
+    with explained(url, "read"):
+        fs, path = filesystem(url)
+        return retrying(lambda: int(fs.size(path)))
+
+
+def read_range(url: str, start: int, stop: int, action: str = "read") -> bytes:
+    """Bytes [start, stop) of a file, fewer where it ends before; ``action`` is for the error."""
+
+    def read() -> bytes:
+        if is_local(url):  # past fsspec's buffers, which read ahead
+            handle = os.open(local_path(url), os.O_RDONLY)
+            try:
+                return os.pread(handle, stop - start, start)
+            finally:
+                os.close(handle)
+        return bytes(fs.cat_file(path, start=start, end=stop))
+
+    with explained(url, action):
+        fs, path = filesystem(url)
+        return retrying(read)

@@ -99,6 +99,10 @@ def open_trained(run_url: str, data_url: str | None) -> Trained:
     checkpoints = Checkpoints(run_url, world)
     commits = checkpoints.committed()
     commit = best_commit(commits, run_url)
+    if damage := checkpoints.damage(commit):
+        raise UserError(
+            f"{storage.display(commit.url)}: damaged ({damage}); restore it, or train further"
+        )
     recommender = Recommender(config, graph, world)
     checkpoints.load(commit, {"tables": {"weights": recommender.tables.weights()}})
     alpha = float(commits[-1].record["progress"].get("best_alpha", 0.0))

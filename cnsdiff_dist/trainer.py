@@ -6,13 +6,14 @@ Shapes: B rows of this rank, M candidates a row, D embedding dim.
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cnsdiff_dist import losses
+from cnsdiff_dist import losses, storage
 from cnsdiff_dist.adjustment import log_p_train
 from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.graph import GraphArrays
@@ -20,27 +21,35 @@ from cnsdiff_dist.data.plan import EpochPlan, local_streams
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.data.stream import TrainStream
 from cnsdiff_dist.draws import Draws
-from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.errors import TryAgain, UserError
 from cnsdiff_dist.evaluator import Evaluator
 from cnsdiff_dist.loader import Loader, Ready
-from cnsdiff_dist.parallel.checkpoint import Checkpoints, Commit
+from cnsdiff_dist.parallel.checkpoint import Checkpoints, Commit, Costs, local_tensors
 from cnsdiff_dist.parallel.dense import DenseEngine
 from cnsdiff_dist.recommender import Recommender
 from cnsdiff_dist.reporting import Reporter
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
 from cnsdiff_dist.samplers.registry import make_sampler
-from cnsdiff_dist.world import World, to_device
+from cnsdiff_dist.world import Vote, World, to_device
+
+_SKIPS_IN_A_ROW = 10
 
 
 @dataclass
 class Progress:
-    """Where a training is: all that resuming needs besides the tensors."""
+    """Where a training is: all that resuming needs besides the tensors.
+
+    ``skipped`` counts steps left out for not being finite, ``first_loss`` is the first mean that
+    was logged.
+    """
 
     step: int = 0
     best: float = -math.inf
     best_step: int = 0
     best_alpha: float = 0.0
     evaluations_since_best: int = 0
+    skipped: int = 0
+    first_loss: float | None = None
 
 
 class Trainer:
@@ -80,6 +89,8 @@ class Trainer:
         self.checkpoints = Checkpoints(config.run.dir, world)
         self.progress = Progress()
         self._meter = _Meter(world)
+        self._gate, self._vote = _Gate(world), Vote(world)
+        self._skips_in_a_row, self._saved_step = 0, 0
 
     @property
     def total_steps(self) -> int:
@@ -91,13 +102,28 @@ class Trainer:
         exhausted = self.progress.evaluations_since_best >= self.config.train.patience
         return exhausted or self.progress.step >= self.total_steps
 
-    def resume(self) -> Commit | None:
-        """Continue from the newest committed checkpoint, if there is one."""
+    def resume(self, say: Callable[[str], None] = lambda _: None) -> Commit | None:
+        """Continue from the newest committed checkpoint that is whole, if there is one; ``say``
+        hears of those that are not. From now on this training owns the run. Collective.
+
+        Raises:
+            UserError: there are checkpoints and none is whole.
+        """
+        self.checkpoints.claim()
         commits = self.checkpoints.committed()
-        if not commits:
-            return None
-        self.load(commits[-1])
-        return commits[-1]
+        for commit in reversed(commits):
+            damage = self.checkpoints.damage(commit)
+            if damage is None:
+                self.load(commit)
+                return commit
+            say(f"{storage.display(commit.url)} is damaged ({damage}): the one before is used")
+            self.checkpoints.set_aside(commit, damage)
+        if commits:
+            raise UserError(
+                f"{storage.display(self.config.run.dir)}: every checkpoint is damaged; restore "
+                "one, or delete checkpoints/ to start anew"
+            )
+        return None
 
     def load(self, commit: Commit) -> None:
         """Become what was saved. Collective."""
@@ -105,13 +131,19 @@ class Trainer:
         self.checkpoints.load(commit, state)
         self.dense.load_state(state["dense"])
         self.progress = Progress(**commit.record["progress"])
+        self._saved_step = self.progress.step
 
     def state(self) -> dict[str, Any]:
         """The checkpoint tree: table shards (live) and the dense part (a copy)."""
         return {"tables": self.recommender.tables.state(), "dense": self.dense.state()}
 
-    def fit(self, reporter: Reporter | None) -> None:
-        """Train until finished; ``reporter`` is rank 0's."""
+    def fit(self, reporter: Reporter | None, preempted: Callable[[], bool] = lambda: False) -> None:
+        """Train until finished; ``reporter`` is rank 0's, ``preempted`` tells whether this process
+        is to end soon.
+
+        Raises:
+            TryAgain: some rank was preempted; all have checkpointed the same step.
+        """
         while not self.finished:
             epoch, first = divmod(self.progress.step, self._plan.steps)
             for ready in self.loader.steps(epoch, first):
@@ -122,12 +154,26 @@ class Trainer:
                 self._after_step(epoch, ready.batch.step, reporter)
                 if self.finished:
                     break
+                if self._vote.any(preempted()):
+                    self._stop_here(reporter)
+        self.checkpoints.wait()
+
+    def _stop_here(self, reporter: Reporter | None) -> None:
+        step = self.progress.step
+        if self._saved_step != step:
+            self._save(self.state(), reporter)
+        self.checkpoints.wait()
+        raise TryAgain(f"preempted: checkpointed at step {step}; run again to go on")
 
     def step(self, ready: Ready) -> dict[str, Tensor]:
         """One update of tables and generator on a global batch.
 
         Returns:
-            This rank's part of each observed mean over the global batch, on the device.
+            This rank's part of each observed mean over the global batch, on the device; nothing
+            when the step was left out, which all ranks do together.
+
+        Raises:
+            UserError: loss or gradient is not finite, and ``train.non_finite`` is ``stop``.
         """
         config = self.config
         self._set_learning_rates()
@@ -139,12 +185,26 @@ class Trainer:
         share_B = latents.weight / ready.batch.valid_rows
         loss = torch.stack(list(terms.values())).sum(0) @ share_B
         # Gradients are averaged over ranks; the mean over the global batch is a sum over them.
+        self._gate.loss = loss.detach()
         self.dense.backward(loss * self.world.size)
+        if self._gate.bad_ranks:
+            self._leave_out(self._gate.bad_ranks)
+            return {}
+        self._skips_in_a_row = 0
         self.dense.step()
         observed = {"loss": loss.detach(), "rows": latents.weight.sum()}
         for name, value_B in (terms | {"hardness": hardness_B} | negatives.observed).items():
             observed[name] = value_B.detach() @ share_B
         return observed
+
+    def _leave_out(self, ranks: list[int]) -> None:
+        step, config = self.progress.step, self.config.train
+        self.dense.discard()
+        self.progress.skipped += 1
+        self._skips_in_a_row += 1
+        if config.non_finite == "stop" or self._skips_in_a_row >= _SKIPS_IN_A_ROW:
+            where = ", ".join(map(str, ranks))
+            raise _diverged(f"loss or gradient of rank {where} is not a finite number", step)
 
     def draw_negatives(self, ready: Ready) -> tuple[Latents, Negatives, Tensor]:
         """A batch encoded, its negatives, and the L2 of its table rows [B]. Collective."""
@@ -156,7 +216,7 @@ class Trainer:
         """Look up and encode users, positives and candidates in one go."""
         batch, (rows, per_row) = ready.batch, ready.candidates.shape
         sizes = [rows, rows, rows * per_row]
-        h_TD, half_square = self.recommender.encode(ready.block)
+        h_TD, half_square = self.recommender.encode(ready.block, self._gate)
         user_BD, item = self.recommender.scored(*h_TD.split([rows, rows + rows * per_row]))
         positive_BD, candidate = item.split(sizes[1:])
         user_B, positive_B, candidate_B = half_square.split(sizes)
@@ -209,9 +269,7 @@ class Trainer:
     def _after_step(self, epoch: int, step_in_epoch: int, reporter: Reporter | None) -> None:
         step = self.progress.step
         if step % self.config.train.log_every == 0 or step == self.total_steps:
-            values = self._meter.read(step)
-            if reporter:
-                reporter.log(step, epoch, values)
+            self._log(epoch, reporter)
         self._meter.pause()
         evaluation = self._is_evaluation(step_in_epoch + 1) or step == self.total_steps
         every = self.config.checkpoint.every_steps
@@ -219,9 +277,28 @@ class Trainer:
             state = self.state()
             self._refuse_divergence(state)
             if evaluation:
+                self.checkpoints.wait()  # there may be no room for its copy and the evaluation
                 self._evaluate(epoch, reporter)
             self._save(state, reporter)
         self._meter.go_on()
+
+    def _log(self, epoch: int, reporter: Reporter | None) -> None:
+        step, progress = self.progress.step, self.progress
+        values = self._meter.read(step)
+        if "loss" in values:
+            progress.first_loss = progress.first_loss or values["loss"]
+            limit = self.config.train.max_growth * progress.first_loss
+            if 0 < limit < values["loss"]:
+                raise _diverged(f"the loss is {values['loss']:.4g} (train.max_growth)", step)
+        costs, self.checkpoints.costs = self.checkpoints.costs, Costs()
+        values |= {"skipped_steps": progress.skipped, "read_retries": storage.patience.retries}
+        if costs.count:
+            values |= {
+                "checkpoint_wait_seconds": costs.waited, "checkpoint_write_seconds": costs.written,
+                "checkpoint_bytes": costs.bytes,
+            }  # fmt: skip
+        if reporter:
+            reporter.log(step, epoch, values)
 
     def _is_evaluation(self, done: int) -> bool:
         """Whether ``done`` steps of an epoch end one of its evaluation periods."""
@@ -250,10 +327,8 @@ class Trainer:
 
     def _refuse_divergence(self, state: dict[str, Any]) -> None:
         """What is not finite is neither evaluated nor saved. Collective."""
-        tables = [table for kind in state["tables"].values() for table in kind.values()]
-        tensors = [shard.tensor for table in tables for shard in table.local_shards()]
-        tensors += [tensor for entry in state["dense"].values() for tensor in entry.values()]
-        bad = sum((~torch.isfinite(tensor)).any().float() for tensor in tensors)
+        # A sum is not finite when a term is not, and needs no array of the table's size.
+        bad = sum((~torch.isfinite(tensor.sum())).float() for tensor in local_tensors(state))
         if self.world.sum(torch.as_tensor(bad, device=self.world.device)) > 0:
             raise _diverged("a parameter is not a finite number", self.progress.step)
 
@@ -264,9 +339,11 @@ class Trainer:
         if not math.isfinite(self.progress.best):
             progress.pop("best")  # JSON has no infinity; the default is the same
         record = {"progress": progress, "world_size": self.world.size}
-        self.checkpoints.save(self.progress.step, state, record)
-        best = self.progress.best_step or None
-        self.checkpoints.prune(self.config.checkpoint.keep, best)
+        keep, best = self.config.checkpoint.keep, self.progress.best_step or None
+        self.checkpoints.save(self.progress.step, state, record, keep, best)
+        self._saved_step = self.progress.step
+        if not self.config.checkpoint.background:
+            self.checkpoints.wait()
 
 
 def _diverged(what: str, step: int) -> UserError:
@@ -276,6 +353,25 @@ def _diverged(what: str, step: int) -> UserError:
     )
 
 
+class _Gate:
+    """Keeps a step that is not finite out of the tables: FBGEMM updates them inside backward.
+
+    Called with the gradient of the looked-up rows [N, D]; all ranks then know whose loss or
+    gradient was bad, and hand a gradient of zeros on, which moves no row under SGD and Adagrad.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.loss = torch.zeros(())
+        self.bad_ranks: list[int] = []
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        total = gradient.sum() + self.loss
+        flags = self._world.gather((~torch.isfinite(total)).float())
+        self.bad_ranks = flags.nonzero().flatten().tolist()
+        return torch.zeros_like(gradient) if self.bad_ranks else gradient
+
+
 class _Meter:
     """Means of what steps return since the last reading, over all ranks, and their pace."""
 
@@ -283,11 +379,12 @@ class _Meter:
         self._world = world
         self._sums: dict[str, Tensor] = {}
         self._steps, self._seconds, self._since = 0, 0.0, time.monotonic()
+        self._began, self._useful = self._since, 0.0
 
     def add(self, observed: dict[str, Tensor]) -> None:
         for name, value in observed.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._steps += 1
+        self._steps += bool(observed)
 
     def pause(self) -> None:
         """Evaluations and checkpoints are not training time."""
@@ -297,19 +394,23 @@ class _Meter:
         self._since = time.monotonic()
 
     def read(self, step: int) -> dict[str, float]:
-        """The means, samples per second of all ranks together, and the most memory that a rank
-        ever held, in GiB. Collective.
+        """The means, samples per second of all ranks together, the most memory that a rank ever
+        held, in GiB, and goodput: the share of this process's time that went into steps which
+        count, not into evaluations, checkpoints and steps left out. Collective.
 
         Raises:
             UserError: the loss is not a finite number.
         """
-        totals = self._world.sum(torch.stack(list(self._sums.values()))).tolist()
         self.pause()
-        values = dict(zip(self._sums, totals, strict=True))
-        pace = values.pop("rows") / self._seconds
-        means = {name: value / self._steps for name, value in values.items()}
-        if not math.isfinite(means["loss"]):
-            raise _diverged(f"the loss is {means['loss']}", step)
+        self._useful += self._seconds if self._sums else 0.0
+        values = {"goodput": self._useful / (time.monotonic() - self._began)}
+        if self._sums:
+            totals = self._world.sum(torch.stack(list(self._sums.values()))).tolist()
+            means = dict(zip(self._sums, totals, strict=True))
+            values["samples_per_second"] = means.pop("rows") / self._seconds
+            values |= {name: value / self._steps for name, value in means.items()}
+            if not math.isfinite(values["loss"]):
+                raise _diverged(f"the loss is {values['loss']}", step)
         self._sums, self._steps, self._seconds = {}, 0, 0.0
         self.go_on()
-        return {**means, "samples_per_second": pace, "memory_gib": self._world.peak_memory()}
+        return {**values, "memory_gib": self._world.peak_memory()}

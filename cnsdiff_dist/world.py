@@ -8,6 +8,7 @@ import os
 import resource
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ import torch.distributed as dist
 from cnsdiff_dist.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_LOST_PEER = (
+    "closed by peer", "Connection reset", "Connection refused", "Broken pipe", "imed out",
+    "timeout", "remote process exited", "NCCL", "Socket", "Read error", "Write error",
+)  # fmt: skip
 _LIBC = ctypes.CDLL(None) if hasattr(ctypes.CDLL(None), "mallopt") else None  # musl has none
 
 
@@ -65,11 +70,16 @@ class World:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value on every rank: what one process decides, all must do."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return _broadcast(value, self.size, None)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        return _gather_objects(value, self.size, None)
+
+    @cached_property
+    def background(self) -> "Background":
+        """Collectives for a thread beside the training. Collective the first time."""
+        return Background(self.size)
 
     def peak_memory(self) -> float:
         """The most memory that any rank ever held, in GiB: of its GPU or, on a CPU, of the
@@ -89,6 +99,75 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+
+class Background:
+    """Collectives between one thread of each rank, apart from the training's own.
+
+    Over gloo, on hosts. They wait for hours, not for ``run.timeout_seconds``: a rank may take much
+    longer to write than another; one that dies is noticed at once all the same.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=3))
+
+    def barrier(self) -> None:
+        if self._size > 1:
+            dist.barrier(self.group)
+
+    def broadcast(self, value: Any) -> Any:
+        return _broadcast(value, self._size, self.group)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return _gather_objects(value, self._size, self.group)
+
+
+class Vote:
+    """Whether any rank wants to stop, known to all at the same step, at no cost to the step.
+
+    The answer to a step's question is collected at the next one: a sum of one number over gloo
+    that travels while the step computes.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._work: dist.Work | None = None
+        self._sum = torch.zeros(1)
+
+    def any(self, mine: bool) -> bool:
+        """Whether a rank said True at the call before; with one rank, at this one. Collective."""
+        if self._group is None:
+            return mine
+        decided = False
+        if self._work is not None:
+            self._work.wait()
+            decided = bool(self._sum > 0)
+        self._sum = torch.full((1,), float(mine))
+        self._work = dist.all_reduce(self._sum, group=self._group, async_op=True)
+        return decided
+
+
+def _broadcast(value: Any, size: int, group: dist.ProcessGroup | None) -> Any:
+    if size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]
+
+
+def _gather_objects(value: Any, size: int, group: dist.ProcessGroup | None) -> list[Any]:
+    if size == 1:
+        return [value]
+    found: list[Any] = [None] * size
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank or the network did. Gloo and NCCL say so
+    only in words."""
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _LOST_PEER)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cnsdiff_dist import storage
-from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.errors import TryAgain, UserError
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -171,24 +171,54 @@ def test_a_bug_is_not_explained_away() -> None:
         raise KeyError("bug")
 
 
-def test_transient_failures_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def flaky(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """memory:// whose `exists` always fails; what is slept goes into the list, and is not slept."""
+    pauses: list[float] = []
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        now[0] += seconds
+
+    def fail(*_: object, **__: object) -> bool:
+        raise ConnectionError("try again")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "exists", fail)
+    monkeypatch.setattr(storage.time, "sleep", sleep)
+    monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
+    return pauses
+
+
+def test_a_failure_that_may_pass_is_tried_again_until_patience_ends(
+    flaky: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage.patience, "seconds", 300.0)
+    with pytest.raises(TryAgain, match="the host does not answer"):
+        storage.exists("memory://flaky/file")
+    assert 270 < sum(flaky) <= 300
+    assert max(flaky) <= 10 and flaky[0] <= 0.2
+    assert len(set(flaky)) == len(flaky)  # at random, or ranks would come back together
+
+
+def test_a_failure_that_passes_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write_text("memory://flaky/file", "x")
     memory = fsspec.filesystem("memory")
-    calls: list[str] = []
-    failures = storage.ATTEMPTS
-    cat = type(memory).exists
+    real, calls = type(memory).exists, []
 
-    def flaky(self: object, path: str, **words: object) -> bool:
+    def fail_twice(self: object, path: str, **words: object) -> bool:
         calls.append(path)
-        if len(calls) < failures:
-            raise ConnectionError("try again")
-        return bool(cat(memory, path))
+        if len(calls) < 3:
+            raise OSError(errno.EREMOTEIO, "internal error")  # a 500 of S3, as s3fs tells it
+        return bool(real(memory, path))
 
-    monkeypatch.setattr(type(memory), "exists", flaky)
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(type(memory), "exists", fail_twice)
+    before = storage.patience.retries
     assert storage.exists("memory://flaky/file")
-    assert len(calls) == failures
-    calls.clear()
-    failures += 1
-    with pytest.raises(UserError, match="the host does not answer"):
-        storage.exists("memory://flaky/file")
+    assert len(calls) == 3 and storage.patience.retries == before + 2
+
+
+def test_what_will_not_pass_is_not_tried_again(flaky: list[float]) -> None:
+    with pytest.raises(PermissionError):
+        storage.retrying(lambda: (_ for _ in ()).throw(PermissionError("no")))
+    assert flaky == []

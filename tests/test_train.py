@@ -34,6 +34,7 @@ from cnsdiff_dist.trainer import Trainer
 from cnsdiff_dist.world import World, join_world
 from tests.conftest import small_config
 from tests.ranks import files_under, run_ranks
+from tests.sealing import seal
 from tests.test_tables import gather
 
 
@@ -470,7 +471,7 @@ def test_the_best_checkpoint_is_what_is_opened(dataset: str, tmp_path: Path, wor
     oldest, middle, newest = checkpoints.committed()
     record = json.loads((Path(newest.url) / "commit.json").read_text())
     record["progress"]["best_step"] = middle.step
-    (Path(newest.url) / "commit.json").write_text(json.dumps(record))
+    seal(Path(newest.url), record)
     assert oldest.step < middle.step < newest.step
     assert open_trained(config.run.dir, None).step == middle.step
     shutil.rmtree(middle.url)
@@ -510,6 +511,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(
     (commit,) = Checkpoints(config.run.dir, world).committed()
     payload = _pickled_call(*name.split(), str(tmp_path / "owned"))
     (Path(commit.url) / ".metadata").write_bytes(payload)
+    seal(Path(commit.url))
     with pytest.raises(UserError, match="not a checkpoint of ours"):
         open_trained(config.run.dir, None)
     assert not (tmp_path / "owned").exists()
@@ -536,9 +538,11 @@ def test_checkpoints_of_every_python_311_can_be_read(
     with path.open("wb") as file:
         _AsPython311(file).dump(metadata)
     assert b"getattr" in path.read_bytes()
+    seal(path.parent)
     open_trained(config.run.dir, None)
 
     path.write_bytes(_pickled_call("builtins", "getattr", "text", "upper"))
+    seal(path.parent)
     with pytest.raises(UserError, match="of no enum: not a checkpoint of ours"):
         open_trained(config.run.dir, None)
 

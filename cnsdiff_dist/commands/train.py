@@ -3,10 +3,17 @@
 import argparse
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.config import Config, describe_config, load_config
 from cnsdiff_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from cnsdiff_dist.data.schema import Manifest
+    from cnsdiff_dist.peers import Peers
+    from cnsdiff_dist.preemption import Preemption
+    from cnsdiff_dist.world import World
 
 _EPILOG = """\
 examples:
@@ -49,33 +56,58 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.config}: data.url is not set; add data.url=DATASET")
     for url in (config.data.url, config.run.dir):
         storage.refuse_secrets(url)
-    train(config)
+    train(config, preemptible=True)
 
 
-def train(config: Config) -> None:
-    """Train one run to its end. Collective."""
+def train(config: Config, preemptible: bool = False) -> None:
+    """Train one run to its end. Collective.
+
+    Raises:
+        TryAgain: ``preemptible``, and a rank got SIGTERM; or a peer was lost.
+    """
     # Imported here so that `cnsdiff --help` does not wait for torch.
     from cnsdiff_dist.data.dataset import load_manifest
-    from cnsdiff_dist.data.graph import open_graph
-    from cnsdiff_dist.reporting import Reporter
-    from cnsdiff_dist.rundir import check_run, open_run
-    from cnsdiff_dist.trainer import Trainer
+    from cnsdiff_dist.peers import Peers
+    from cnsdiff_dist.preemption import Preemption
+    from cnsdiff_dist.rundir import check_run
     from cnsdiff_dist.world import join_world
 
     manifest = load_manifest(config.data.url)
     check_run(config, manifest)
     world = join_world(config.run.timeout_seconds)
+    # Both places have answered: from here on a silence may pass.
+    with storage.patient(config.run.retry_seconds), Peers(world) as peers, peers.named():
+        _train(config, manifest, world, peers, Preemption(config.run.grace_seconds, preemptible))
+
+
+def _train(
+    config: Config, manifest: "Manifest", world: "World", peers: "Peers", preemption: "Preemption"
+) -> None:
+    from cnsdiff_dist.data.graph import open_graph
+    from cnsdiff_dist.reporting import Reporter
+    from cnsdiff_dist.rundir import open_run
+    from cnsdiff_dist.trainer import Trainer
+
     graph = open_graph(config.data.url, manifest, verify=world.local_rank == 0)
     trainer = Trainer(config, manifest, graph, world)
     open_run(config, manifest, world)
-    commit = trainer.resume()
+    damaged: list[str] = []
+    commit = trainer.resume(damaged.append)
+
+    def preempted() -> bool:
+        peers.step = trainer.progress.step
+        return preemption.asked.is_set()
+
     start, total = trainer.progress.step, trainer.total_steps
-    with Reporter(config.run.dir, start, total) if world.is_main else nullcontext() as reporter:
+    reporting = Reporter(config.run.dir, start, total) if world.is_main else nullcontext()
+    with preemption, reporting as reporter:
         if reporter:
             reporter.say(_headline(config, manifest.name, world.size, world.device.type))
+            for line in damaged:
+                reporter.say(line)
             if commit:
                 reporter.say(f"resumed from {storage.display(commit.url)}")
-        trainer.fit(reporter)
+        trainer.fit(reporter, preempted)
         memory = world.peak_memory()
         if reporter:
             reporter.publish()

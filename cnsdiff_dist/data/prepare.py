@@ -207,7 +207,7 @@ def _write_manifest(
     recipe: Recipe, parts: export.Parts, dropped: dict[str, int], built: Path
 ) -> Manifest:
     manifest = Manifest(
-        schema_version=2,
+        schema_version=3,
         name=recipe.name or storage.display(recipe.out).rstrip("/").rpartition("/")[2],
         shift=_shift(recipe),
         dropped=dropped,

@@ -1,44 +1,43 @@
 """One torch.distributed.checkpoint tree per checkpoint, committed by a file written last.
 
 ``checkpoints/step-00000052/`` counts only once it holds ``commit.json``: object stores have
-no rename, so the marker is the commit. What has none is debris of a killed run and is
-removed by the next one.
+no rename, so the marker is the commit. It lists the other files with their sha256. What has no
+marker is debris of a killed run and is removed by the next one. ``checkpoints/owner.json`` names
+the training that may commit: one that was cut off and thought dead must not go on beside its
+successor.
 """
 
+import copy
 import errno
+import hashlib
 import json
 import logging
-import pickle
+import os
 import re
+import shutil
+import socket
+import time
+import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import EnumType
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.errors import UserError
-from cnsdiff_dist.world import World
+from cnsdiff_dist.parallel.dcp_io import METADATA, Files, Planner, Reader, Writer
+from cnsdiff_dist.world import World, is_lost_peer
 
-_COMMIT = "commit.json"
-# Whole names: what a module imports, such as os, could be reached by a dotted one.
-_KNOWN = {
-    "torch": {"Size"} | {name for name, value in vars(torch).items() if type(value) is torch.dtype},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "_MEM_FORMAT_ENCODING", "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata",
-        "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
-    },
-}  # fmt: skip
+_COMMIT, _DAMAGED, _OWNER = "commit.json", "damaged.json", "owner.json"
 _NAME = re.compile(r"^step-(\d{8,})$")
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,39 @@ class Commit:
     record: dict[str, Any]
 
 
+@dataclass
+class Costs:
+    """What checkpoints cost since last asked: how many, seconds a step had to wait for them,
+    seconds they took behind the steps, bytes of this rank."""
+
+    count: int = 0
+    waited: float = 0.0
+    written: float = 0.0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a checkpoint that is being written needs; ``keep`` and ``best`` for the pruning."""
+
+    step: int
+    url: str
+    state: dict[str, Any] = field(repr=False)
+    record: dict[str, Any]
+    keep: int
+    best: int | None
+
+
 class Checkpoints:
     """The checkpoints of a run directory."""
 
     def __init__(self, run_url: str, world: World) -> None:
         self._url, self._world = storage.join(run_url, "checkpoints"), world
+        self._token: str | None = None
+        self._writing: Future[float] | None = None
+        self.costs = Costs()
+
+    # --- what is there --------------------------------------------------------------------
 
     def committed(self) -> list[Commit]:
         """Every committed checkpoint, oldest first; the same on every rank."""
@@ -70,26 +97,14 @@ class Checkpoints:
             for name, url in zip(names, urls, strict=True)
         ]
 
-    def save(self, step: int, state: dict[str, Any], record: dict[str, Any]) -> None:
-        """Write and commit. Collective.
-
-        Raises:
-            UserError: a rank cannot write; no commit is left.
-        """
-        url = storage.join(self._url, f"step-{step:08d}")
-        if self._world.is_main:
-            storage.delete_tree(url)  # debris of a run that was killed at this very step
-        self._world.barrier()
-        try:
-            with _one_line(url, "write"):
-                dcp.save(state, storage_writer=FsspecWriter(url))
-        except UserError:
-            if self._world.is_main:
-                storage.delete_tree(url)
-            raise
-        if self._world.is_main:
-            storage.write_json(f"{url}/{_COMMIT}", record)
-        self._world.barrier()
+    def damage(self, commit: Commit) -> str | None:
+        """What is wrong with a checkpoint's files, in words; None if they are what was committed.
+        Each rank reads a share of them. Collective."""
+        found = _record_damage(commit)
+        if found is None:
+            names = sorted(commit.record["files"])[self._world.rank :: self._world.size]
+            found = next(filter(None, (_file_damage(commit, name) for name in names)), None)
+        return next(filter(None, self._world.gather_objects(found)), None)
 
     def load(self, commit: Commit, state: dict[str, Any]) -> None:
         """Fill ``state`` in place from a checkpoint saved at any world size. Collective.
@@ -98,12 +113,120 @@ class Checkpoints:
             UserError: unreadable, or of a model with other shapes.
         """
         with _one_line(commit.url, "read"):
-            dcp.load(state, storage_reader=_Reader(commit.url))
+            reader = Reader(commit.url, commit.record["files"])
+            dcp.load(state, storage_reader=reader, planner=Planner())
+
+    def set_aside(self, commit: Commit, why: str) -> None:
+        """Take a damaged checkpoint's commit back; the next prune removes the rest of it."""
+        if self._world.is_main:
+            storage.write_json(f"{commit.url}/{_DAMAGED}", {"damage": why})
+            storage.delete_tree(f"{commit.url}/{_COMMIT}")
+        self._world.barrier()
+
+    # --- writing ----------------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """From now on only this training may commit here. Collective."""
+        self._token = uuid.uuid4().hex
+        if self._world.is_main:
+            owner = {"token": self._token, "host": socket.gethostname(), "pid": os.getpid()}
+            storage.write_json(f"{self._url}/{_OWNER}", owner)
+        self._world.barrier()
+
+    def save(
+        self, step: int, state: dict[str, Any], record: dict[str, Any], keep: int = 1,
+        best: int | None = None,
+    ) -> None:  # fmt: skip
+        """Copy ``state`` to the host, and write and commit it behind the next steps; then delete
+        all but the newest ``keep`` and that of step ``best``. Collective.
+
+        Raises:
+            UserError: there is no room, or the checkpoint before this one failed (:meth:`wait`).
+        """
+        self.wait()
+        if self._token is None:
+            self.claim()
+        started, url = time.monotonic(), storage.join(self._url, f"step-{step:08d}")
+        _refuse_without_room(self._url, state, self._world)
+        job = _Job(step, url, _host_copy(state), record, keep, best)
+        pool = ThreadPoolExecutor(1, "checkpoint")
+        self._writing = pool.submit(self._write, job)
+        pool.shutdown(wait=False)
+        self.costs.count += 1
+        self.costs.waited += time.monotonic() - started
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written, if any, is committed. Collective.
+
+        Raises:
+            UserError: on every rank, when one of them could not write; there is no commit then.
+        """
+        writing, self._writing, started = self._writing, None, time.monotonic()
+        if writing is not None:
+            self.costs.written += writing.result()
+            self.costs.waited += time.monotonic() - started
+
+    def _write(self, job: _Job) -> float:
+        started = time.monotonic()
+        if self._world.is_main:
+            storage.delete_tree(job.url)  # debris of a run that was killed at this very step
+        self._world.background.barrier()
+        files = self._write_files(job)
+        self.costs.bytes += sum(int(entry["bytes"]) for entry in files.values())
+        everyones: Files = {}
+        for ranks in self._world.background.gather_objects(files):
+            everyones |= ranks
+        self._agreed(lambda: self._commit(job, everyones))
+        return time.monotonic() - started
+
+    def _write_files(self, job: _Job) -> Files:
+        """Write the tree; from the start again while what failed may pass."""
+        deadline = time.monotonic() + storage.patience.seconds
+        while True:
+            writer = Writer(job.url)
+            try:
+                with _one_line(job.url, "write"):
+                    dcp.save(
+                        job.state, storage_writer=writer, process_group=self._world.background.group
+                    )
+                return writer.files
+            except UserError as error:
+                again = storage.is_transient(_root(error)) and time.monotonic() < deadline
+                if not self._world.background.broadcast(again):
+                    if self._world.is_main:
+                        storage.delete_tree(job.url)
+                    raise
+                storage.patience.retries += 1
+                time.sleep(1.0)
+
+    def _commit(self, job: _Job, files: Files) -> None:
+        self._refuse_other_owner()
+        record = {**job.record, "files": files}
+        storage.write_json(f"{job.url}/{_COMMIT}", {**record, "digest": _digest(record)})
+        self.prune(job.keep, job.best)
+
+    def _refuse_other_owner(self) -> None:
+        owner = json.loads(storage.read_text(f"{self._url}/{_OWNER}"))
+        if owner["token"] != self._token:
+            raise UserError(
+                f"{storage.display(self._url)}: another training ({owner['host']}, process "
+                f"{owner['pid']}) took over this run; this one ends without committing"
+            )
+
+    def _agreed(self, act: Callable[[], None]) -> None:
+        """Have rank 0 act, and every rank fail if it does."""
+        failure = None
+        if self._world.is_main:
+            try:
+                act()
+            except UserError as error:
+                failure = str(error)
+        failure = self._world.background.broadcast(failure)
+        if failure is not None:
+            raise UserError(failure)
 
     def prune(self, keep: int, best_step: int | None) -> None:
         """Delete all but the newest ``keep`` and the best, and what was never committed."""
-        if not self._world.is_main:
-            return
         files = storage.list_files(self._url)
         kept = set(_committed(files)[::-1][:keep])
         for name in {path.partition("/")[0] for path in files} - kept:
@@ -124,41 +247,85 @@ def _step(name: str) -> int:
 
 
 def _read_commit(url: str) -> dict[str, Any]:
-    where = f"{url}/{_COMMIT}"
+    """The JSON of a commit, or nothing where it is damaged: :func:`_record_damage` says so."""
     try:
-        record: dict[str, Any] = json.loads(storage.read_text(where))
+        record = json.loads(storage.read_bytes(f"{url}/{_COMMIT}"))
     except ValueError:
-        raise UserError(f"{storage.display(where)}: not JSON; delete this checkpoint") from None
-    return record
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
-class _Reader(FsspecReader):
-    """Reads ``.metadata``, a pickle, without running what it does not know.
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
-    The tensors themselves are loaded by torch with ``weights_only``.
+
+def _record_damage(commit: Commit) -> str | None:
+    record = {key: value for key, value in commit.record.items() if key != "digest"}
+    if not record or _digest(record) != commit.record.get("digest"):
+        return f"{_COMMIT} is not what was written"
+    return None if METADATA in record.get("files", {}) else f"{_COMMIT} lists no files"
+
+
+def _file_damage(commit: Commit, name: str) -> str | None:
+    """What is wrong with one file of a checkpoint; it is read whole, about 2 s a gigabyte."""
+    url, expected = storage.join(commit.url, name), commit.record["files"][name]
+
+    def digest() -> tuple[int, str]:
+        sha256, size = hashlib.sha256(), 0
+        with storage.open_read(url) as file:
+            while chunk := file.read(_CHUNK):
+                sha256.update(chunk)
+                size += len(chunk)
+        return size, sha256.hexdigest()
+
+    if not storage.exists(url):
+        return f"{name} is missing"
+    with storage.explained(url, "read"):
+        size, sha256 = storage.retrying(digest)
+    if size != expected["bytes"]:
+        return f"{name} has {size} bytes, not {expected['bytes']}"
+    return (
+        None if sha256 == expected["sha256"] else f"the sha256 of {name} is not the committed one"
+    )
+
+
+def _refuse_without_room(url: str, state: dict[str, Any], world: World) -> None:
     """
+    Raises:
+        UserError: on every rank, when a local disk has no room for the ranks of its node.
+    """
+    if not storage.is_local(url):
+        return
+    folder = storage.local_path(url)
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = sum(tensor.nbytes for tensor in local_tensors(state)) * world.local_size
+    free = shutil.disk_usage(folder).free
+    short = (
+        f"{folder}: a checkpoint needs {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} are free"
+    )
+    lines = world.gather_objects(short if free < needed else None)
+    if line := next(filter(None, lines), None):
+        raise UserError(f"{line}; free some, lower checkpoint.keep, or move run.dir")
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
-            metadata: Metadata = _MetadataUnpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+
+def local_tensors(state: Any) -> Iterator[Tensor]:
+    """The tensors that this rank holds of a checkpoint tree, shards of sharded ones."""
+    if isinstance(state, dict):
+        for value in state.values():
+            yield from local_tensors(value)
+    elif isinstance(state, ShardedTensor):
+        yield from (shard.tensor for shard in state.local_shards())
+    else:
+        yield state
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _enum_member  # how Python before 3.11.4 pickles one
-        if name not in _KNOWN.get(module, ()):
-            raise ValueError(f"its .metadata names {module}.{name}: not a checkpoint of ours")
-        return super().find_class(module, name)
-
-
-def _enum_member(owner: Any, name: str) -> Any:
-    if not isinstance(owner, EnumType):
-        raise ValueError(f"its .metadata asks for {name} of no enum: not a checkpoint of ours")
-    return owner[name]
+def _host_copy(state: Any) -> Any:
+    """A checkpoint tree that the next steps do not change."""
+    if isinstance(state, dict):
+        return {key: _host_copy(value) for key, value in state.items()}
+    if isinstance(state, ShardedTensor) and not state.local_shards():
+        return state
+    return copy.deepcopy(state) if state.device.type == "cpu" else state.to(device="cpu")
 
 
 @contextmanager
@@ -171,8 +338,10 @@ def _one_line(url: str, action: str) -> Iterator[None]:
             yield
         except CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
-            raise UserError(f"{_cause(cause, url, action)} (rank {rank})") from error
+            raise UserError(f"{_cause(cause, url, action)} (rank {rank})") from cause
         except (OSError, ValueError, RuntimeError) as error:
+            if is_lost_peer(error):
+                raise
             raise _cause(error, url, action) from error
 
 
@@ -180,3 +349,7 @@ def _cause(error: BaseException, url: str, action: str) -> UserError:
     if action == "write" and "unexpected pos" in str(error):
         error = OSError(errno.ENOSPC, "")  # how torch's writer reports a short write
     return storage.explain(error, url, action)
+
+
+def _root(error: BaseException) -> BaseException:
+    return error.__cause__ or error

@@ -44,6 +44,16 @@ class DenseEngine:
         if self._engine is not None:
             self._engine.step()
 
+    def discard(self) -> None:
+        """Forget the gradients of :meth:`backward`: no step will follow."""
+        if self._engine is not None:
+            self._engine.optimizer.zero_grad(set_to_none=True)
+            if self._stage > 0:  # what ZeRO keeps of a backward, as its own overflow path leaves it
+                self._engine.optimizer.averaged_gradients = {}
+            if self._stage in (1, 2):
+                self._engine.optimizer.all_grad_tensors = {}
+                self._engine.optimizer.micro_step_id = -1
+
     def scale_lr(self, factor: float) -> None:
         """Set the learning rate of the next step to ``factor`` x the configured one."""
         if self._engine is not None:

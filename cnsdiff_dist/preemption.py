@@ -1,0 +1,70 @@
+"""SIGTERM: the platform wants its node back, and leaves some seconds to end well.
+
+The first one asks all ranks to stop at the same step boundary, where they checkpoint; a second one,
+or the end of the grace, ends the process at once. Committed checkpoints are safe in any case.
+"""
+
+import os
+import select
+import signal
+import sys
+import threading
+from typing import Self
+
+from cnsdiff_dist.errors import TryAgain
+
+
+class Preemption:
+    """Watches for SIGTERM from a thread of its own.
+
+    Python runs a signal's handler between two instructions of the main thread, which may wait in a
+    collective for minutes; the interpreter writes the signal's number into a pipe at once.
+    """
+
+    def __init__(self, grace_seconds: float, on: bool = True) -> None:
+        self.asked = threading.Event()
+        self._grace, self._on = grace_seconds, on
+
+    def __enter__(self) -> Self:
+        if not self._on:
+            return self
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._handler = signal.signal(signal.SIGTERM, lambda *_: None)
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="preemption", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._on:
+            return
+        signal.set_wakeup_fd(self._wakeup)
+        signal.signal(signal.SIGTERM, self._handler)
+        os.close(self._write)  # the thread reads the end, and leaves
+
+    def _watch(self) -> None:
+        try:
+            self._sigterm_within(None)
+            self.asked.set()
+            again = self._sigterm_within(self._grace)
+        except EOFError:
+            return
+        why = "a second SIGTERM" if again else f"run.grace_seconds ({self._grace:g} s) are over"
+        print(f"cnsdiff: {why}: left at once; committed checkpoints are kept", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(TryAgain.exit_code)
+
+    def _sigterm_within(self, seconds: float | None) -> bool:
+        """Whether one came in time. Other signals (Ctrl-C) pass through the pipe too.
+
+        Raises:
+            EOFError: nobody watches any more.
+        """
+        while select.select([self._read], [], [], seconds)[0]:
+            number = os.read(self._read, 1)
+            if not number:
+                os.close(self._read)
+                raise EOFError
+            if signal.SIGTERM in number:
+                return True
+        return False
