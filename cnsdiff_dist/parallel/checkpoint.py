@@ -215,15 +215,15 @@ class Checkpoints:
 
     def _agreed(self, act: Callable[[], None]) -> None:
         """Have rank 0 act, and every rank fail if it does."""
-        failure = None
+        failure: UserError | None = None
         if self._world.is_main:
             try:
                 act()
             except UserError as error:
-                failure = str(error)
+                failure = error
         failure = self._world.background.broadcast(failure)
         if failure is not None:
-            raise UserError(failure)
+            raise failure
 
     def prune(self, keep: int, best_step: int | None) -> None:
         """Delete all but the newest ``keep`` and the best, and what was never committed."""
@@ -338,7 +338,8 @@ def _one_line(url: str, action: str) -> Iterator[None]:
             yield
         except CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
-            raise UserError(f"{_cause(cause, url, action)} (rank {rank})") from cause
+            line = _cause(cause, url, action)
+            raise type(line)(f"{line} (rank {rank})") from cause
         except (OSError, ValueError, RuntimeError) as error:
             if is_lost_peer(error):
                 raise
