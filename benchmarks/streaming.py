@@ -1,63 +1,113 @@
-"""Rows a second of the train stream against a bare pyarrow scan of the same columns.
+"""Rows a second of the train stream against bare pyarrow scans of the same columns.
 
     python -m benchmarks.streaming --data data/power-law-1000000
+    AWS_ENDPOINT_URL=... python -m benchmarks.streaming --data s3://bucket/power-law-1000000
 
-One process. Both read every row of the train split from local files; ours also checks pages and
-ids, shuffles, and deals the rows into batches.
+One process. All read every row of the train split, from local files or from an S3 server. Ours
+also checks bytes and ids, shuffles, and deals the rows into batches. The scans only decode, by
+Arrow's own file systems: ``scan`` row group by row group with Arrow's threads (on S3 with
+``pre_buffer``), ``threaded_scan`` with as many readers at once as ours has.
 """
 
 import argparse
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from benchmarks.machine import alternated, machine, ratio, report
 from cnsdiff_dist import storage
 from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.dataset import load_manifest
 from cnsdiff_dist.data.plan import EpochPlan
-from cnsdiff_dist.data.schema import INTERACTION_SCHEMA
-from cnsdiff_dist.data.stream import TrainStream
+from cnsdiff_dist.data.schema import INTERACTION_SCHEMA, Manifest
+from cnsdiff_dist.data.stream import TrainStream, read_ahead_threads
 from cnsdiff_dist.world import join_world
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", required=True, help="prepared dataset, on a local disk")
+    parser.add_argument("--data", required=True, help="prepared dataset, a path or s3:// URL")
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     join_world(60)  # as in training: it says how memory is reused
-    manifest, data = load_manifest(args.data), Config().data
+    manifest = load_manifest(args.data)
+    seconds = alternated(_readers(args.data, manifest, args.batch), args.rounds)
     rows = manifest.train.rows
-    plan = EpochPlan(rows, args.batch, data.streams, data.block_rows, 0)
-    streams = list(range(data.streams))
-    paths = [storage.join(args.data, shard.path) for shard in manifest.train.shards]
-
-    def ours() -> None:
-        stream = TrainStream(args.data, manifest, plan, streams, data.prefetch_blocks)
-        seen = sum(int(batch.valid_rows) for batch in stream.batches(0))
-        assert seen == rows
-
-    def scan() -> None:
-        seen = 0
-        for path in paths:
-            file = pq.ParquetFile(path)
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=INTERACTION_SCHEMA.names)
-                seen += table.num_rows
-        assert seen == rows
-
-    seconds = alternated({"ours": ours, "scan": scan}, args.rounds)
     report(
         {
             "benchmark": "streaming",
             "machine": machine(),
+            "store": storage.protocol(args.data),
             "rows": rows,
+            "bytes": sum(shard.bytes for shard in manifest.train.shards),
             "batch": args.batch,
+            "read_ahead_threads": read_ahead_threads(args.data),
             "rows_per_second": {name: round(rows / min(v)) for name, v in seconds.items()},
             "share_of_scan": round(ratio(seconds, "scan", "ours"), 3),
+            "share_of_threaded_scan": round(ratio(seconds, "threaded_scan", "ours"), 3),
         }
     )
+
+
+def _readers(url: str, manifest: Manifest, batch: int) -> dict[str, Callable[[], None]]:
+    rows, data = manifest.train.rows, Config().data
+    plan = EpochPlan(rows, batch, data.streams, data.block_rows, 0)
+    groups = [
+        (shard.path, group)
+        for shard in manifest.train.shards
+        for group in range(len(shard.row_groups))
+    ]
+
+    def ours() -> None:
+        # A new one each time, so that each time it reads the footers, as the scans do.
+        stream = TrainStream(url, manifest, plan, list(range(data.streams)), data.prefetch_blocks)
+        assert sum(int(batch.valid_rows) for batch in stream.batches(0)) == rows
+
+    def scan() -> None:
+        bare = _BareScan(url, use_threads=True)
+        assert sum(bare.read(path, group) for path, group in groups) == rows
+
+    def threaded_scan() -> None:
+        bare = _BareScan(url, use_threads=False)
+        with ThreadPoolExecutor(read_ahead_threads(url)) as pool:
+            assert sum(pool.map(bare.read, *zip(*groups, strict=True))) == rows
+
+    return {"ours": ours, "scan": scan, "threaded_scan": threaded_scan}
+
+
+class _BareScan(threading.local):
+    """Row groups by Arrow alone; each thread has a reader of its own."""
+
+    def __init__(self, url: str, use_threads: bool) -> None:
+        self._local, self._use_threads = storage.is_local(url), use_threads
+        self._files: dict[str, pq.ParquetFile] = {}
+        if self._local:
+            self._fs: fs.FileSystem = fs.LocalFileSystem()
+            self._root = str(storage.local_path(url).absolute())
+        else:
+            scheme, _, host = os.environ["AWS_ENDPOINT_URL"].rpartition("://")
+            self._fs = fs.S3FileSystem(
+                endpoint_override=host, scheme=scheme,
+                access_key=os.environ["AWS_ACCESS_KEY_ID"],
+                secret_key=os.environ["AWS_SECRET_ACCESS_KEY"], region="us-east-1",
+            )  # fmt: skip
+            self._root = url.removeprefix("s3://")
+
+    def read(self, path: str, group: int) -> int:
+        if path not in self._files:
+            source = self._fs.open_input_file(str(PurePosixPath(self._root) / path))
+            self._files[path] = pq.ParquetFile(source, pre_buffer=not self._local)
+        return int(
+            self._files[path]
+            .read_row_group(group, columns=INTERACTION_SCHEMA.names, use_threads=self._use_threads)
+            .num_rows
+        )
 
 
 if __name__ == "__main__":

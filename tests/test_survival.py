@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,8 @@ class _Process:
         self.pid = pid
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
 
 def _rank(agent: subprocess.Popen[str], rank: int) -> _Process:
@@ -174,8 +175,10 @@ def test_a_lost_peer_is_named(dataset: str, tmp_path: Path, how: signal.Signals)
     words += ["run.timeout_seconds=6", "run.retry_seconds=2"]
     with _started(*_torchrun("--monitor-interval", "15", *words)) as process:
         _wait(lambda: _logged(run))
-        _rank(process, 1).send_signal(how)
+        peer = _rank(process, 1)
+        peer.send_signal(how)
         error = next(line for line in process.stderr or () if "cnsdiff: error" in line)
+        peer.send_signal(signal.SIGKILL)  # a stopped one outlives its launcher
     assert "cnsdiff: error [rank 0]: lost rank 1 on" in error
     assert "run again to go on" in error
 

@@ -76,7 +76,11 @@ def train(config: Config, preemptible: bool = False) -> None:
     check_run(config, manifest)
     world = join_world(config.run.timeout_seconds)
     # Both places have answered: from here on a silence may pass.
-    with storage.patient(config.run.retry_seconds), Peers(world) as peers, peers.named():
+    with (
+        storage.patient(config.run.retry_seconds),
+        Peers(world, config.run.timeout_seconds) as peers,
+        peers.named(),
+    ):
         _train(config, manifest, world, peers, Preemption(config.run.grace_seconds, preemptible))
 
 

@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, ValidationError
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cnsdiff_dist.errors import UserError
 
@@ -25,13 +26,41 @@ class _Strict(BaseModel):
 
 
 class Shard(_Strict):
-    """One Parquet file of a split or id map; ``path`` is relative to the dataset directory."""
+    """One Parquet file of a split or id map; ``path`` is relative to the dataset directory.
+
+    ``row_groups`` are their rows; ``row_group_crc32`` the zlib.crc32 of their
+    :func:`leading_bytes`, which is what the train stream reads (in an id map they are there, but
+    nothing reads by row group); ``footer_crc32`` that of the last ``footer_bytes``, to the end.
+    """
 
     path: str
     rows: int
     row_groups: list[int]
+    row_group_crc32: list[int]
+    footer_bytes: int
+    footer_crc32: int
     bytes: int
     sha256: str
+
+    @model_validator(mode="after")
+    def _one_checksum_each(self) -> "Shard":
+        if len(self.row_group_crc32) != len(self.row_groups):
+            raise ValueError(f"{self.path}: row_group_crc32 and row_groups differ in length")
+        return self
+
+
+def leading_bytes(footer: pq.FileMetaData, group: int) -> tuple[int, int]:
+    """Where the first two columns of a row group, in a split user and item, lie in the file.
+
+    [start, stop) from the first column chunk's first page to the second one's end, as stored;
+    Parquet writes the chunks of a row group one after the other.
+    """
+    first, last = (footer.row_group(group).column(column) for column in (0, 1))
+    return _first_page(first), _first_page(last) + last.total_compressed_size
+
+
+def _first_page(chunk: pq.ColumnChunkMetaData) -> int:
+    return int(chunk.dictionary_page_offset or chunk.data_page_offset)
 
 
 class Split(_Strict):
@@ -74,7 +103,7 @@ class Manifest(_Strict):
     split; ``digest`` is the sha256 of everything here but ``name``.
     """
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     name: str
     users: int
     items: int

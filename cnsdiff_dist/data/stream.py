@@ -1,6 +1,9 @@
 """Row groups -> batches: projection, checks, read-ahead, and a start at any step."""
 
+import io
 import os
+import threading
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,18 +12,23 @@ from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.data.dataset import damage
 from cnsdiff_dist.data.plan import EpochPlan
-from cnsdiff_dist.data.schema import INTERACTION_SCHEMA, Manifest, Shard
+from cnsdiff_dist.data.schema import INTERACTION_SCHEMA, Manifest, Shard, leading_bytes
 from cnsdiff_dist.errors import UserError
 
 Pairs = npt.NDArray[np.int64]
 """int64 [2, rows]: user rows, item rows."""
 Sides = list[npt.NDArray[np.int64]]
 """The same as two arrays, perhaps views of what was read."""
+
+_AGAIN = "run `cnsdiff prepare` again"
+_TRANSFERS = 3  # of the same bytes from a remote store, until a wrong checksum is the store's
+_ROW_BYTES, _CHUNK_BYTES = 64, 1 << 20  # a column chunk has no more, decompressed: rows, and pages
 
 
 @dataclass(frozen=True)
@@ -45,10 +53,17 @@ class Batch:
         return len(self.users) // len(self.streams)
 
 
+def read_ahead_threads(url: str) -> int:
+    """Threads wait for a remote store, and work on what comes from a local disk."""
+    return 8 if not storage.is_local(url) else (os.cpu_count() or 1) + 1
+
+
 class TrainStream:
     """Reads the train split of a dataset for the streams of one rank.
 
-    Memory is bounded: ``prefetch`` blocks of ``plan.block_rows`` rows per local stream.
+    Memory is bounded: ``prefetch`` blocks of ``plan.block_rows`` rows per local stream. A row
+    group that cannot be read, or not as `prepare` wrote it, stops the job: without its rows the
+    global batches would no longer be those of the plan.
     """
 
     def __init__(
@@ -63,11 +78,11 @@ class TrainStream:
 
         Raises:
             UserError: a shard is missing, truncated, not what the manifest says, or holds
-                an id out of range; names the file and the row group.
+                an id out of range, or the store does not answer for longer than
+                ``storage.patience``; names the file and the row group.
         """
-        # Threads wait for a remote store, and work on what comes from a local disk.
-        threads = 8 if not storage.is_local(self._url) else (os.cpu_count() or 1) + 1
-        pool = ThreadPoolExecutor(min(threads, len(self._streams) * self._prefetch), "read-ahead")
+        threads = min(read_ahead_threads(self._url), len(self._streams) * self._prefetch)
+        pool = ThreadPoolExecutor(threads, "read-ahead")
         try:
             feeds = [self._feed(pool, epoch, stream, first_step) for stream in self._streams]
             for step in range(first_step, self._plan.steps):
@@ -86,7 +101,7 @@ class TrainStream:
             if missing:
                 weight[index, part.shape[1] :] = 0
                 parts[index] = np.pad(part, ((0, 0), (0, missing)))
-        users, items = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
+        users, items = np.concatenate(parts, axis=1)
         valid = self._plan.valid_rows(step)
         return Batch(epoch, step, self._streams, users, items, weight.ravel(), valid)
 
@@ -95,14 +110,18 @@ class TrainStream:
     ) -> Iterator[Pairs]:
         """The rows a stream gives to each step from ``first_step`` on; fewer at its end."""
         width = self._plan.rows_per_stream_step
-        rest = np.empty((2, 0), np.int64)
+        begun = np.empty((2, 0), np.int64)  # a step's rows that the blocks so far did not fill
         for block in self._blocks(pool, epoch, stream, first_step * width):
-            rest = np.concatenate([rest, block], axis=1) if rest.shape[1] else block
-            whole = rest.shape[1] // width * width
-            for start in range(0, whole, width):
-                yield rest[:, start : start + width]
-            rest = rest[:, whole:]
-        yield rest
+            need = width - begun.shape[1]
+            begun = np.concatenate([begun, block[:, :need]], axis=1)
+            if begun.shape[1] < width:
+                continue
+            yield begun
+            whole = need + (block.shape[1] - need) // width * width
+            for start in range(need, whole, width):
+                yield block[:, start : start + width]
+            begun = block[:, whole:]
+        yield begun
 
     def _blocks(
         self, pool: ThreadPoolExecutor, epoch: int, stream: int, skip: int
@@ -141,18 +160,15 @@ class TrainStream:
 
 
 class _ShardReader:
-    """One Parquet file, its row groups by range; the footer is read once.
-
-    A ParquetFile is not safe for two readers: each thread takes an idle one, or opens another.
-    """
+    """One Parquet file, its row groups by one range read each; safe for any number of threads."""
 
     def __init__(self, url: str, shard: Shard, manifest: Manifest) -> None:
         self.rows = shard.rows
-        self._url = storage.join(url, shard.path)
-        self._groups, self._limits = shard.row_groups, (manifest.users, manifest.items)
+        self._url, self._shard = storage.join(url, shard.path), shard
+        self._limits = (manifest.users, manifest.items)
         self._starts = [0, *accumulate(shard.row_groups)]
-        self._idle: deque[pq.ParquetFile] = deque()
-        self._footer: pq.FileMetaData | None = None
+        self._lock, self._footer_wanted = threading.Lock(), False
+        self._footer: Future[pq.FileMetaData] = Future()
 
     def read(self, start: int, stop: int) -> list[Sides]:
         parts = []
@@ -164,41 +180,122 @@ class _ShardReader:
 
     def _read_group(self, group: int) -> Sides:
         where = f"{storage.display(self._url)} row group {group}"
-        try:
-            file = self._idle.pop()
-        except IndexError:
-            file = self._open()
-        with storage.explained(self._url, f"read row group {group} of"), damage(where):
+        footer, crc32 = self._shared_footer(), self._shard.row_group_crc32[group]
+        start, stop = leading_bytes(footer, group)
+        data = self._fetch(start, stop, crc32, f"row group {group}")
+        span = _Span(data, start, self._shard.bytes)
+        with damage(where):
             # The threads of the read-ahead are parallel enough.
-            table = file.read_row_group(group, columns=INTERACTION_SCHEMA.names, use_threads=False)
-        self._idle.append(file)
+            table = pq.ParquetFile(span, metadata=footer).read_row_group(
+                group, columns=INTERACTION_SCHEMA.names, use_threads=False
+            )
         if any(column.null_count for column in table.columns):
-            raise UserError(f"{where}: holds nulls; run `cnsdiff prepare` again")
+            raise UserError(f"{where}: holds nulls; {_AGAIN}")
         pairs = [column.to_numpy() for column in table.columns]
         check_ids(pairs, self._limits, where)
         return pairs
 
-    def _open(self) -> pq.ParquetFile:
-        where = storage.display(self._url)
-        with storage.explained(self._url, "read"), damage(f"{where}: not a whole Parquet file"):
-            local = storage.is_local(self._url)
-            file = pq.ParquetFile(
-                # By its path, Arrow reads a local file without Python in between.
-                storage.local_path(self._url) if local else storage.open_read(self._url),
-                metadata=self._footer, pre_buffer=not local, page_checksum_verification=True,
-            )  # fmt: skip
-        found = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        if found != self._groups:
+    def _fetch(self, start: int, stop: int, crc32: int, what: str) -> bytes:
+        """Bytes [start, stop) of the file, which are those that `prepare` wrote."""
+        for _ in range(1 if storage.is_local(self._url) else _TRANSFERS):
+            data = storage.read_range(self._url, start, stop, f"read {what}")
+            if zlib.crc32(data) == crc32:
+                return data
+        raise UserError(
+            f"{storage.display(self._url)} {what}: damaged, or changed since (its checksum is not "
+            f"the manifest's); {_AGAIN}"
+        )
+
+    def _shared_footer(self) -> pq.FileMetaData:
+        """Read by the first thread that wants it; the others wait, and share its failure."""
+        with self._lock:
+            first, self._footer_wanted = not self._footer_wanted, True
+        if first:
+            try:
+                self._footer.set_result(self._read_footer())
+            except BaseException as error:
+                self._footer.set_exception(error)
+        return self._footer.result()
+
+    def _read_footer(self) -> pq.FileMetaData:
+        where, size = storage.display(self._url), storage.size(self._url)
+        if size != self._shard.bytes:
             raise UserError(
-                f"{where}: row groups of {found[:4]} rows where the manifest has "
-                f"{self._groups[:4]}: it changed since; run `cnsdiff prepare` again"
+                f"{where}: {size} bytes where the manifest has {self._shard.bytes}: truncated, or "
+                f"changed since; {_AGAIN}"
             )
-        schema = file.schema_arrow
-        for field in INTERACTION_SCHEMA:
-            if field.name not in schema.names or schema.field(field.name).type != field.type:
-                raise UserError(f"{where}: no {field.type} column {field.name!r} in {schema.names}")
-        self._footer = file.metadata
-        return file
+        # Checked before Arrow sees it, whose parser can abort the process over a flipped bit.
+        start, crc32 = size - self._shard.footer_bytes, self._shard.footer_crc32
+        data = self._fetch(start, size, crc32, "footer")
+        with damage(f"{where} footer"):
+            footer = pq.read_metadata(pa.BufferReader(data))
+        check_footer(footer, self._shard, where)
+        return footer
+
+
+class _Span(io.RawIOBase):
+    """What Arrow takes for a file of ``size`` bytes, of which only ``data``, at ``start``, is here.
+
+    Reads beyond it come back short, which Arrow reports.
+    """
+
+    def __init__(self, data: bytes, start: int, size: int) -> None:
+        self._data, self._start, self._size, self._at = memoryview(data), start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> memoryview:  # spares a copy
+        first = self._at - self._start
+        part = self._data[first : first + size] if first >= 0 and size >= 0 else self._data[:0]
+        self._at += len(part)
+        return part
+
+
+def check_footer(footer: pq.FileMetaData, shard: Shard, where: str) -> None:
+    """Refuse a footer that is not the manifest's, or whose sizes would exhaust the memory.
+
+    Raises:
+        UserError: says what differs, or which row group has such sizes.
+    """
+    found = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    if found != shard.row_groups:
+        raise UserError(
+            f"{where}: row groups of {found[:4]} rows where the manifest has "
+            f"{shard.row_groups[:4]}: it changed since; {_AGAIN}"
+        )
+    schema = footer.schema.to_arrow_schema()
+    for index, field in enumerate(INTERACTION_SCHEMA):
+        if schema.names[index : index + 1] != [field.name] or schema.types[index] != field.type:
+            raise UserError(
+                f"{where}: no {field.type} column {field.name!r} at {index} in {schema.names}; "
+                f"{_AGAIN}"
+            )
+    for group, rows in enumerate(found):
+        _check_sizes(footer, group, rows, shard.bytes, f"{where} row group {group}")
+
+
+def _check_sizes(footer: pq.FileMetaData, group: int, rows: int, size: int, where: str) -> None:
+    chunks = [footer.row_group(group).column(index) for index in range(len(INTERACTION_SCHEMA))]
+    start, stop = leading_bytes(footer, group)
+    stored = [chunk.total_compressed_size for chunk in chunks]
+    if min(stored) < 0 or start < 4 or stop > size or stop - start != sum(stored):
+        raise UserError(f"{where}: damaged (bytes {start}..{stop} of a file of {size}); {_AGAIN}")
+    whole = max(chunk.total_uncompressed_size for chunk in chunks)
+    if whole > _ROW_BYTES * rows + _CHUNK_BYTES:
+        raise UserError(
+            f"{where}: damaged (a column of {whole} bytes decompressed, for {rows} rows); {_AGAIN}"
+        )
 
 
 def check_ids(pairs: Sides, limits: tuple[int, int], where: str) -> None:
@@ -210,4 +307,4 @@ def check_ids(pairs: Sides, limits: tuple[int, int], where: str) -> None:
     for ids, name, limit in zip(pairs, INTERACTION_SCHEMA.names, limits, strict=True):
         if len(ids) and (ids.min() < 0 or ids.max() >= limit):
             bad = ids[(ids < 0) | (ids >= limit)][0]
-            raise UserError(f"{where}: {name} {bad} is not in 0..{limit - 1}; prepare again")
+            raise UserError(f"{where}: {name} {bad} is not in 0..{limit - 1}; {_AGAIN}")

@@ -1,19 +1,22 @@
 """Write a dataset directory: Parquet shards, raw arrays, and publishing them all at once."""
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cnsdiff_dist import storage
-from cnsdiff_dist.data.dataset import MANIFEST, load_manifest
-from cnsdiff_dist.data.schema import SPLITS, Blob, Shard, Split
+from cnsdiff_dist.data.dataset import MANIFEST
+from cnsdiff_dist.data.schema import SPLITS, Blob, Shard, Split, leading_bytes
 from cnsdiff_dist.errors import UserError
 
 ROW_GROUP = 65_536
@@ -41,9 +44,32 @@ def write_split(root: Path, folder: str, rows: pa.RecordBatchReader) -> Split:
                 writer.write_table(group, row_group_size=ROW_GROUP)
                 sizes.append(group.num_rows)
                 group = next(groups, None)
-        blob = describe(root, path)
-        shards.append(Shard(**blob.model_dump(), rows=sum(sizes), row_groups=sizes))
+        shards.append(
+            Shard(
+                **describe(root, path).model_dump(),
+                **_checksums(root / path), rows=sum(sizes), row_groups=sizes,
+            )
+        )  # fmt: skip
     return Split(rows=sum(shard.rows for shard in shards), shards=shards)
+
+
+def _checksums(path: Path) -> dict[str, Any]:
+    """What :class:`Shard` has of the parts of a Parquet file, read back from it."""
+    footer = pq.read_metadata(path)
+    size = footer.serialized_size + 8  # its length and the magic follow it
+    with path.open("rb") as file:
+
+        def crc(start: int, stop: int) -> int:
+            file.seek(start)
+            return zlib.crc32(file.read(stop - start))
+
+        end = file.seek(0, os.SEEK_END)
+        groups = range(footer.num_row_groups)
+        return {
+            "row_group_crc32": [crc(*leading_bytes(footer, group)) for group in groups],
+            "footer_bytes": size,
+            "footer_crc32": crc(end - size, end),
+        }
 
 
 def _regrouped(rows: pa.RecordBatchReader) -> Iterator[pa.Table]:
@@ -88,11 +114,14 @@ def check_output(out: str, overwrite: bool) -> None:
 
 
 def _refuse_strangers(out: str) -> None:
-    """Replacing a dataset deletes its folders: nothing of the user's may lie in them."""
-    manifest = load_manifest(out)
-    ours = {blob.path for blob in manifest.graph.blobs}
-    for split in (*manifest.splits.values(), *manifest.ids.values()):
-        ours |= {shard.path for shard in split.shards}
+    """Replacing a dataset deletes its folders: nothing of the user's may lie in them.
+
+    The manifest may be of an older schema version, which "prepare again" is said to cure.
+    """
+    try:
+        ours = set(_paths(json.loads(storage.read_text(storage.join(out, MANIFEST)))))
+    except ValueError:  # not JSON
+        ours = set()
     for name in storage.list_files(out):
         folder = name.partition("/")[0]
         if folder in _PARTS and folder != "truth" and name not in ours:
@@ -100,6 +129,15 @@ def _refuse_strangers(out: str) -> None:
                 f"{storage.display(out)}/{name}: not of the dataset there, which --overwrite "
                 "would delete; move it away"
             )
+
+
+def _paths(tree: Any) -> Iterator[str]:
+    """Every ``path`` in a manifest."""
+    if isinstance(tree, dict) and isinstance(tree.get("path"), str):
+        yield tree["path"]
+    elif isinstance(tree, dict | list):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from _paths(branch)
 
 
 @contextmanager
