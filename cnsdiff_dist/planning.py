@@ -193,14 +193,16 @@ def _plan(config: Config, cluster: Cluster, sizes: Sizes, base: int, placement: 
     device = {"tables and optimizer": on_device, "step": step} if cluster.cuda else {}
     evaluation = _evaluation_bytes(config, cluster, sizes)
     on_host = 0 if cluster.cuda else step
+    copy = sum(held) if config.checkpoint.background else 0
     # The nodes' page cache holds the graph once for all ranks; a process maps all of it. What a
-    # step holds is free again when an evaluation begins.
+    # step and a checkpoint hold is free again when an evaluation begins.
     host = {
         "process": base,
         "tables and optimizer": sum(held) - on_device,
         "graph (shared by the node's ranks)": graph // cluster.per_node if cluster.cuda else graph,
         "step": on_host,
-        "evaluation, beyond a step": max(evaluation - on_host, 0),
+        "checkpoint being written": copy,
+        "evaluation, beyond these": max(evaluation - on_host - copy, 0),
     }
     sent = _sent(config, cluster, sizes)
     return Plan(

@@ -340,10 +340,9 @@ class Trainer:
             progress.pop("best")  # JSON has no infinity; the default is the same
         record = {"progress": progress, "world_size": self.world.size}
         keep, best = self.config.checkpoint.keep, self.progress.best_step or None
-        self.checkpoints.save(self.progress.step, state, record, keep, best)
+        background = self.config.checkpoint.background
+        self.checkpoints.save(self.progress.step, state, record, keep, best, background)
         self._saved_step = self.progress.step
-        if not self.config.checkpoint.background:
-            self.checkpoints.wait()
 
 
 def _diverged(what: str, step: int) -> UserError:

@@ -135,10 +135,11 @@ class Checkpoints:
 
     def save(
         self, step: int, state: dict[str, Any], record: dict[str, Any], keep: int = 1,
-        best: int | None = None,
+        best: int | None = None, background: bool = True,
     ) -> None:  # fmt: skip
         """Copy ``state`` to the host, and write and commit it behind the next steps; then delete
-        all but the newest ``keep`` and that of step ``best``. Collective.
+        all but the newest ``keep`` and that of step ``best``. Not in the ``background``, it is
+        written without a copy while the training waits. Collective.
 
         Raises:
             UserError: there is no room, or the checkpoint before this one failed (:meth:`wait`).
@@ -148,12 +149,14 @@ class Checkpoints:
             self.claim()
         started, url = time.monotonic(), storage.join(self._url, f"step-{step:08d}")
         _refuse_without_room(self._url, state, self._world)
-        job = _Job(step, url, _host_copy(state), record, keep, best)
+        job = _Job(step, url, _host_copy(state) if background else state, record, keep, best)
         pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing = pool.submit(self._write, job)
         pool.shutdown(wait=False)
         self.costs.count += 1
         self.costs.waited += time.monotonic() - started
+        if not background:
+            self.wait()
 
     def wait(self) -> None:
         """Until the checkpoint that is being written, if any, is committed. Collective.
