@@ -12,6 +12,7 @@ from cnsdiff_dist.cli import main
 from cnsdiff_dist.config import Config, parse_config
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.world import World, join_world
+from tests.s3server import bucket, new_clients  # noqa: F401  (fixtures)
 
 torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)

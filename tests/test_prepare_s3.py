@@ -1,18 +1,17 @@
 """`cnsdiff prepare` from and to an S3 bucket, against a real server."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import s3fs
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.data.dataset import read_split
 from cnsdiff_dist.data.graph import open_graph
 from cnsdiff_dist.errors import UserError
 from tests.preparing import prepare, skewed_log
-from tests.test_s3 import bucket  # noqa: F401  (a fixture)
 
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("bucket")]
 BUCKET = "s3://train-bucket"
@@ -60,7 +59,7 @@ def test_a_failed_upload_leaves_no_dataset(log: Path, monkeypatch: pytest.Monkey
 
 
 def test_mistakes_are_one_line_within_seconds(
-    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_clients: Callable[[], None]
 ) -> None:
     start = time.monotonic()
     random = ["--shift", "random"]
@@ -69,8 +68,7 @@ def test_mistakes_are_one_line_within_seconds(
     with pytest.raises(UserError, match=r"s3://nobucket/out.*: cannot "):
         prepare("s3://nobucket/out", "--log", log, *random)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    s3fs.S3FileSystem.clear_instance_cache()
+    new_clients()
     with pytest.raises(UserError, match=f"{BUCKET}/x.csv: cannot read: permission denied"):
         prepare(tmp_path / "out", "--log", f"{BUCKET}/x.csv", *random)
-    s3fs.S3FileSystem.clear_instance_cache()
     assert time.monotonic() - start < 30
