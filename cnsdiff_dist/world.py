@@ -6,6 +6,7 @@
 import ctypes
 import os
 import resource
+import signal
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from cnsdiff_dist.errors import UserError
 
+_PR_SET_PDEATHSIG = 1  # sys/prctl.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LOST_PEER = (
     "closed by peer", "Connection reset", "Connection refused", "Broken pipe", "imed out",
@@ -183,6 +185,8 @@ def join_world(timeout_seconds: int) -> World:
     Raises:
         UserError: the launcher's environment is incomplete or the peers do not come.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _follow_torchrun()
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
     device = _pick_device(local_rank)
     if not dist.is_initialized():
@@ -201,6 +205,22 @@ def join_world(timeout_seconds: int) -> World:
             ) from None
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return World(dist.get_rank(), dist.get_world_size(), device, local_size, local_rank)
+
+
+def _follow_torchrun() -> None:
+    """
+    Raises:
+        UserError: torchrun is to restart ranks, which would find the addresses of the dead ones.
+    """
+    shared = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0") != "1"
+    if shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise UserError(
+            "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+            "environment: otherwise restarted ranks look for each other where the dead ones were"
+        )
+    if _LIBC is not None and hasattr(_LIBC, "prctl"):
+        # An agent that is killed cannot end its ranks, and they would train on without it.
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def leave_world() -> None:

@@ -1,0 +1,94 @@
+"""What a checkpoint every 100 steps costs the steps, and what it takes behind them.
+
+    python -m benchmarks.checkpoint [--nodes 1000000] [--every 100] [--root data]
+
+A synthetic power-law graph, the demo config at fan-out 10/5; one process, one thread. Rounds of
+steps without a checkpoint alternate with rounds that begin with one, as the trainer makes it: the
+check for finite parameters, the copy, and behind the steps the write (hash, fsync, commit). The
+floor of the copy is the checkpoint's bytes read and written once.
+"""
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from benchmarks.graphs import power_law_dataset
+from benchmarks.machine import machine, report
+from cnsdiff_dist.cli import quiet
+from cnsdiff_dist.config import load_config
+from cnsdiff_dist.data.dataset import load_manifest
+from cnsdiff_dist.data.graph import open_graph
+from cnsdiff_dist.loader import Ready
+from cnsdiff_dist.parallel.checkpoint import Costs
+from cnsdiff_dist.trainer import Trainer
+from cnsdiff_dist.world import join_world
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--nodes", type=int, default=1_000_000)
+    parser.add_argument("--every", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--root", default="data", help="where the dataset is kept")
+    args = parser.parse_args()
+    quiet()
+    torch.set_num_threads(1)
+    data = power_law_dataset(args.nodes, args.root)
+    with tempfile.TemporaryDirectory(dir=args.root) as run:
+        words = [
+            f"data.url={data}", f"run.dir={run}", f"train.batch={args.batch}",
+            "train.select_split=valid_iid", "model.propagation=sampled", "model.fan_out=[10,5]",
+        ]  # fmt: skip
+        config = load_config("configs/demo.yaml", words)
+        manifest, world = load_manifest(data), join_world(60)
+        trainer = Trainer(config, manifest, open_graph(data, manifest, verify=False), world)
+        report({"benchmark": "checkpoint", "machine": machine(), **_measure(trainer, args)})
+
+
+def _measure(trainer: Trainer, args: argparse.Namespace) -> dict[str, object]:
+    feed = itertools.chain.from_iterable(trainer.loader.steps(epoch) for epoch in range(1000))
+    _round(trainer, feed, args.every // 2, save=False)  # first touches of tables and graph
+    _save(trainer)
+    trainer.checkpoints.wait()
+    trainer.checkpoints.costs = costs = Costs()
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(2 * args.rounds):
+        save = bool((turn + 1) // 2 % 2)  # plain, save, save, plain: drift hits both alike
+        seconds[save].append(_round(trainer, feed, args.every, save))
+    plain, saving = (float(np.median(seconds[key])) for key in (False, True))
+    return {
+        "steps": args.every,
+        "bytes": costs.bytes // costs.count,
+        "step_ms": round(1e3 * plain / args.every, 2),
+        "steps_waited_ms": round(1e3 * costs.waited / costs.count, 1),
+        "written_behind_ms": round(1e3 * costs.written / costs.count, 1),
+        "cost": round(saving / plain - 1, 4),
+    }
+
+
+def _round(trainer: Trainer, feed: Iterator[Ready], steps: int, save: bool) -> float:
+    started = time.perf_counter()
+    if save:
+        _save(trainer)
+    for ready in itertools.islice(feed, steps):
+        trainer.step(ready)
+        trainer.progress.step += 1
+    seconds = time.perf_counter() - started
+    trainer.checkpoints.wait()  # over long ago, unless steps are shorter than the write
+    return seconds
+
+
+def _save(trainer: Trainer) -> None:
+    state = trainer.state()
+    trainer._refuse_divergence(state)
+    trainer._save(state, None)
+
+
+if __name__ == "__main__":
+    main()
