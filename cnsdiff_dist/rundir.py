@@ -21,13 +21,14 @@ from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.world import World
 
 _CONFIG, _DATASET, _ENVIRONMENT = "config.yaml", "dataset.json", "environment.json"
-# A run may be continued under another value of these: they do not change what is learned,
-# or, like the number of epochs, only how long.
+# A run may be continued under another value of these: they do not change what is learned, but for
+# the order of sums, or, like the number of epochs, only how long.
 _MAY_CHANGE = {
     "data.url", "data.prefetch_blocks", "data.workers", "run.dir", "run.timeout_seconds",
-    "run.retry_seconds", "run.grace_seconds", "train.non_finite", "train.max_growth",
-    "checkpoint.background", "train.epochs", "train.max_steps", "train.patience", "train.log_every",
-    "checkpoint.every_steps", "checkpoint.keep", "evaluation.users_per_chunk",
+    "run.retry_seconds", "run.grace_seconds", "tables.sharding", "tables.placement",
+    "generator.zero_stage", "train.epochs", "train.max_steps", "train.patience", "train.log_every",
+    "train.non_finite", "train.max_growth", "checkpoint.every_steps", "checkpoint.keep",
+    "checkpoint.background", "evaluation.users_per_chunk",
 }  # fmt: skip
 
 

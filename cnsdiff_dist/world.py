@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.errors import TryAgain, UserError
+from cnsdiff_dist.roll_call import store_of_this_start
 
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -183,22 +184,29 @@ def join_world(timeout_seconds: int) -> World:
     """Join the process group of the launcher (torchrun), or be a world of one.
 
     Raises:
-        UserError: the launcher's environment is incomplete or the peers do not come.
+        UserError: the launcher's environment is incomplete.
+        TryAgain: the peers do not come.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _follow_torchrun()
+    _end_with_torchrun()
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
     device = _pick_device(local_rank)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_seconds)
         try:
-            if "RANK" in os.environ:
+            if store := store_of_this_start(timeout):
+                rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+                dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=size, timeout=timeout
+                )
+            elif "RANK" in os.environ:
                 dist.init_process_group(backend, timeout=timeout)
             else:
                 store = dist.HashStore()
                 dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        except (ValueError, dist.DistError, OSError) as error:
+        except (RuntimeError, OSError) as error:
+            raise TryAgain(f"cannot join the other ranks: {str(error).splitlines()[0]}") from None
+        except ValueError as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"cannot join the other ranks: {reason}; launch with torchrun"
@@ -207,19 +215,9 @@ def join_world(timeout_seconds: int) -> World:
     return World(dist.get_rank(), dist.get_world_size(), device, local_size, local_rank)
 
 
-def _follow_torchrun() -> None:
-    """
-    Raises:
-        UserError: torchrun is to restart ranks, which would find the addresses of the dead ones.
-    """
-    shared = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0") != "1"
-    if shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        raise UserError(
-            "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
-            "environment: otherwise restarted ranks look for each other where the dead ones were"
-        )
-    if _LIBC is not None and hasattr(_LIBC, "prctl"):
-        # An agent that is killed cannot end its ranks, and they would train on without it.
+def _end_with_torchrun() -> None:
+    """An agent that is killed cannot end its ranks, and they would train on without it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -29,6 +29,7 @@ from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.evaluator import Evaluator
 from cnsdiff_dist.parallel.checkpoint import Checkpoints
 from cnsdiff_dist.parallel.dense import State
+from cnsdiff_dist.rundir import _check_same
 from cnsdiff_dist.trained import open_trained
 from cnsdiff_dist.trainer import Trainer
 from cnsdiff_dist.world import World, join_world
@@ -199,6 +200,20 @@ def test_a_run_resumes_at_another_world_size(dataset: str, tmp_path: Path) -> No
     config = small_config(dataset, tmp_path / "cut", checkpoint=EVERY_3, train={"epochs": 1})
     assert run_ranks(2, _train_steps, config, 5) == [None, None]
     _assert_same(_train_steps(config, None), whole, exact=False)
+
+
+@pytest.mark.distributed
+def test_a_run_resumes_under_another_sharding_and_zero_stage(dataset: str, tmp_path: Path) -> None:
+    def config(run: str, **sections: dict[str, Any]) -> Any:
+        train_section = {"checkpoint": EVERY_3, "train": {"epochs": 1}}
+        return small_config(dataset, tmp_path / run, **train_section, **sections)
+
+    whole, first = _train_steps(config("whole"), None), config("cut")
+    assert run_ranks(2, _train_steps, first, 5) == [None, None]
+    other = config("cut", tables={"sharding": "table_wise"}, generator={"zero_stage": 3})
+    _check_same(first, other, "config.yaml")  # `cnsdiff train` lets it pass
+    for rank in run_ranks(2, _train_steps, other, None):
+        _assert_same(rank, whole, exact=False)
 
 
 # --- checkpoints ----------------------------------------------------------------------------

@@ -20,9 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = str(Path(sys.executable).parent / "torchrun")
 STANDALONE = ["--standalone", "--nproc-per-node", "2"]
 ELASTIC = ["--max-restarts", "1000", "--monitor-interval", "0.1"]
-# By default torchrun (2.13) keeps one store for all restarts, and new ranks find the addresses of
-# dead ones in it: gloo then connects to nobody.
-LAUNCHER = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+# torchrun (2.13) remembers on which node the ranks' store was: wrong once nodes come and go.
+COMING_AND_GOING = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 class Stuck(Exception):
@@ -76,7 +75,7 @@ class Job:
     def launch(self, node: Node) -> None:
         self.launches += 1
         environment = {
-            **LAUNCHER, **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
             "CHAOS_MARK": self.mark, "CHAOS_LAUNCH": str(self.launches),
             "CHAOS_TRACE": str(self.trace), **self.environment, **node.environment,
         }  # fmt: skip

@@ -6,7 +6,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from tests.chaos.job import Node
+from tests.chaos.job import COMING_AND_GOING, Node
 
 _PORT = 29_411
 
@@ -52,7 +52,8 @@ class TwoNodes:
             "--rdzv-conf", rendezvous, "--local-addr", self._addresses[index],
         ]  # fmt: skip
         prefix = ["ip", "netns", "exec", self._names[index]]
-        return Node(words, prefix, {"GLOO_SOCKET_IFNAME": self._links[index]})
+        environment = {"GLOO_SOCKET_IFNAME": self._links[index], **COMING_AND_GOING}
+        return Node(words, prefix, environment)
 
     def cut(self) -> None:
         _ip("-n", self._names[1], "link", "set", self._links[1], "down")
