@@ -88,6 +88,15 @@ def test_a_truncated_or_missing_array_is_named(made: tuple[str, Manifest]) -> No
         open_graph(url, manifest)
 
 
+def _sealed(manifest: Manifest, path: Path) -> Manifest:
+    """A manifest that takes a file of ``test_iid`` for what it is now."""
+    split = manifest.splits["test_iid"]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    shard = split.shards[0].model_copy(update={"sha256": digest})
+    changed = split.model_copy(update={"shards": [shard]})
+    return manifest.model_copy(update={"splits": {**manifest.splits, "test_iid": changed}})
+
+
 def test_damaged_shards_are_named(made: tuple[str, Manifest]) -> None:
     url, manifest = made
     path = Path(url) / "test_iid/part-00000.parquet"
@@ -101,8 +110,10 @@ def test_damaged_shards_are_named(made: tuple[str, Manifest]) -> None:
         ({"user": [0, 1]}, r"part-00000.parquet: damaged"),
     ):
         write_parquet(path, **columns)
-        with pytest.raises(UserError, match=expected):
+        with pytest.raises(UserError, match=r"part-00000.parquet: damaged \(its sha256"):
             read_split(url, manifest, "test_iid")
+        with pytest.raises(UserError, match=expected):  # a manifest may lie
+            read_split(url, _sealed(manifest, path), "test_iid")
     path.write_bytes(good[:-10])
     with pytest.raises(UserError, match=r"part-00000.parquet: damaged"):
         read_split(url, manifest, "test_iid")
