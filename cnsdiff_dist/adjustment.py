@@ -138,7 +138,7 @@ def read_calibration(run_url: str, step: int) -> Calibration | None:
     try:
         found = Calibration(**json.loads(storage.read_text(path)))
         fits = found.step == step and math.isfinite(found.alpha)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         raise UserError(f"{where}: damaged; calibrate again") from None
     if not fits:
         raise UserError(f"{where}: of step {found.step}, the best is now {step}; calibrate again")

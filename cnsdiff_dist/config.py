@@ -240,17 +240,41 @@ def load_config(path: str, overrides: list[str]) -> Config:
         UserError: unreadable file, not a mapping, unknown key or wrong type.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file; presets are in configs/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be read as YAML: {reason}") from None
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is one; so is a NUL in the path
+        raise UserError(f"{path}: cannot be read as YAML: {error}") from None
+    tree = read_yaml(text, path) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of sections, not {type(tree).__name__}")
     for word in overrides:
         _override(tree, word)
     return parse_config(tree, path)
+
+
+class _Plain(yaml.SafeLoader):
+    """Without aliases: no config needs one, and a few can stand for gigabytes or themselves."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*..); write out what it stands for")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """YAML of plain values.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        return yaml.load(text, _Plain)
+    except RecursionError:
+        raise UserError(f"{where}: not YAML: nested too deeply") from None
+    # PyYAML lets what its constructors raise pass: dates and numbers out of range, odd tags.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UserError(f"{where}: not YAML: {error}") from None
 
 
 def parse_config(tree: dict[str, Any], where: str) -> Config:
@@ -273,10 +297,7 @@ def _override(tree: dict[str, Any], word: str) -> None:
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise UserError(f"'{word}': an override is written section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"'{word}': the value is not valid YAML") from None
+    value = read_yaml(text, f"'{word}'")
     *sections, leaf = key.split(".")
     for section in sections:
         inner = tree.setdefault(section, {})

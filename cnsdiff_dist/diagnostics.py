@@ -64,7 +64,7 @@ def diagnose(run_url: str, data_url: str | None = None, steps: int = 8) -> dict[
     world = join_world(config.run.timeout_seconds)
     graph = open_graph(data_url, manifest, verify=world.local_rank == 0)
     trainer = Trainer(config, manifest, graph, world)
-    trainer.load(best_commit(trainer.checkpoints.committed(), run_url))
+    trainer.load(best_commit(trainer.checkpoints, run_url)[0])
     with torch.no_grad():
         result = _Probe(config, manifest, graph, trainer).run(steps)
     if world.is_main:

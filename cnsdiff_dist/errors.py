@@ -1,14 +1,21 @@
 """The exceptions a user is meant to see."""
 
+_LENGTH = 1000
+
 
 class UserError(Exception):
     """What is wrong, where (file, row, key) and what to do, in one line.
 
     The command line prints it as it is and exits with its code; anything else that
-    escapes is a bug.
+    escapes is a bug. What it quotes may come from a file that means harm: it stays one line, of
+    bounded length.
     """
 
     exit_code = 2
+
+    def __init__(self, line: str) -> None:
+        line = " ".join(line.split())
+        super().__init__(line if len(line) <= _LENGTH else f"{line[: _LENGTH - 2]} ..")
 
 
 class TryAgain(UserError):

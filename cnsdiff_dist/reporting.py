@@ -140,5 +140,5 @@ def _step_of(line: str) -> float:
     """The step of a line; a torn last line of a killed run belongs to no step."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")

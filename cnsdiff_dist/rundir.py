@@ -12,10 +12,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cnsdiff_dist import storage
-from cnsdiff_dist.config import Config, dump_config, parse_config
+from cnsdiff_dist.config import Config, dump_config, parse_config, read_yaml
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.world import World
@@ -75,10 +73,7 @@ def read_config(url: str) -> Config:
     path = f"{url}/{_CONFIG}"
     if not storage.exists(path):
         raise UserError(f"{storage.display(url)}: no run here (no config.yaml)")
-    try:
-        tree = yaml.safe_load(storage.read_text(path))
-    except yaml.YAMLError:
-        tree = None
+    tree = read_yaml(storage.read_text(path), storage.display(path))
     if not isinstance(tree, dict):
         raise UserError(f"{storage.display(path)}: damaged; choose another run.dir")
     return parse_config(tree, storage.display(path))
@@ -93,7 +88,9 @@ def check_dataset(url: str, manifest: Manifest) -> None:
     try:
         saved = json.loads(storage.read_text(path))
         name, digest = saved["name"], saved["digest"]
-    except (ValueError, KeyError, TypeError):
+        if not isinstance(name, str) or not isinstance(digest, str):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{storage.display(path)}: damaged; choose another run.dir") from None
     if digest != manifest.digest:
         raise UserError(

@@ -181,11 +181,11 @@ def explain(error: BaseException, url: str, action: str) -> UserError:
 def _line(error: BaseException, url: str) -> str:
     """The error's text on one line, without the secrets of any URL, ``url``'s above all."""
     text = " ".join(str(error).split()) or type(error).__name__
-    parts = urlsplit(url)
-    login = parts.netloc.rpartition("@")[0]
-    for secret in (f"{login}@", login.partition(":")[2], f"?{parts.query}", parts.query):
-        if secret.strip("?@"):
-            text = text.replace(secret, "")
+    for part in map(urlsplit, url.split("::")):
+        login = part.netloc.rpartition("@")[0]
+        for secret in (f"{login}@", login.partition(":")[2], f"?{part.query}", part.query):
+            if secret.strip("?@"):
+                text = text.replace(secret, "")
     return re.sub(r"://[^/@\s]+@", "://", text)[:300]
 
 
@@ -361,6 +361,10 @@ def glob(pattern: str) -> list[str]:
     if not found:
         raise UserError(f"{display(pattern)}: no file matches; check the pattern and quote it")
     return found if is_local(pattern) else [str(fs.unstrip_protocol(name)) for name in found]
+
+
+def is_link(url: str) -> bool:
+    return is_local(url) and local_path(url).is_symlink()
 
 
 def delete_tree(url: str) -> None:

@@ -25,7 +25,7 @@ from cnsdiff_dist.data.graph import GraphArrays, open_graph
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.evaluator import Evaluator
-from cnsdiff_dist.parallel.checkpoint import Checkpoints, Commit
+from cnsdiff_dist.parallel.checkpoint import Checkpoints, Commit, Progress, record_damage
 from cnsdiff_dist.recommender import Recommender
 from cnsdiff_dist.rundir import check_dataset, read_config
 from cnsdiff_dist.world import World, join_world
@@ -97,17 +97,13 @@ def open_trained(run_url: str, data_url: str | None) -> Trained:
     world = join_world(config.run.timeout_seconds)
     graph = open_graph(data_url, manifest, verify=world.local_rank == 0)
     checkpoints = Checkpoints(run_url, world)
-    commits = checkpoints.committed()
-    commit = best_commit(commits, run_url)
-    if damage := checkpoints.damage(commit):
-        raise UserError(
-            f"{storage.display(commit.url)}: damaged ({damage}); restore it, or train further"
-        )
+    commit, newest = best_commit(checkpoints, run_url)
     recommender = Recommender(config, graph, world)
     checkpoints.load(commit, {"tables": {"weights": recommender.tables.weights()}})
-    alpha = float(commits[-1].record["progress"].get("best_alpha", 0.0))
     vectors = recommender.encode_all()
-    return Trained(config, data_url, manifest, graph, world, run_url, commit.step, alpha, *vectors)
+    return Trained(config, data_url, manifest, graph, world, run_url, commit.step,
+        newest.best_alpha, *vectors,
+    )  # fmt: skip
 
 
 def calibrate(
@@ -149,14 +145,29 @@ def _number(text: str | float) -> float:
     return value
 
 
-def best_commit(commits: list[Commit], run_url: str) -> Commit:
-    """The best checkpoint by validation, as the newest one knows it."""
-    where = storage.display(run_url)
+def best_commit(checkpoints: Checkpoints, run_url: str) -> tuple[Commit, Progress]:
+    """The best checkpoint by validation, found whole, and the progress of the newest, which knows
+    which one that is. Collective.
+
+    Raises:
+        UserError: there is none, it was never evaluated, or one of the two is damaged.
+    """
+    where, commits = storage.display(run_url), checkpoints.committed()
     if not commits:
         raise UserError(f"{where}: no committed checkpoint yet; train it first")
-    best_step = commits[-1].record["progress"]["best_step"]
+    newest = commits[-1]
+    _refuse_damage(newest, record_damage(newest))
+    best_step = newest.progress.best_step
     matching = [commit for commit in commits if commit.step == best_step]
     if not matching:
         why = f"its best checkpoint, step {best_step}, is gone" if best_step else "not evaluated"
         raise UserError(f"{where}: {why}; train it further")
-    return matching[0]
+    _refuse_damage(matching[0], checkpoints.damage(matching[0]))
+    return matching[0], newest.progress
+
+
+def _refuse_damage(commit: Commit, damage: str | None) -> None:
+    if damage:
+        raise UserError(
+            f"{storage.display(commit.url)}: damaged ({damage}); restore it, or train further"
+        )

@@ -7,7 +7,6 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.errors import TryAgain, UserError
 from cnsdiff_dist.evaluator import Evaluator
 from cnsdiff_dist.loader import Loader, Ready
-from cnsdiff_dist.parallel.checkpoint import Checkpoints, Commit, Costs, local_tensors
+from cnsdiff_dist.parallel.checkpoint import Checkpoints, Commit, Costs, Progress
+from cnsdiff_dist.parallel.dcp_io import local_tensors
 from cnsdiff_dist.parallel.dense import DenseEngine
 from cnsdiff_dist.recommender import Recommender
 from cnsdiff_dist.reporting import Reporter
@@ -33,23 +33,6 @@ from cnsdiff_dist.samplers.registry import make_sampler
 from cnsdiff_dist.world import Vote, World, to_device
 
 _SKIPS_IN_A_ROW = 10
-
-
-@dataclass
-class Progress:
-    """Where a training is: all that resuming needs besides the tensors.
-
-    ``skipped`` counts steps left out for not being finite, ``first_loss`` is the first mean that
-    was logged.
-    """
-
-    step: int = 0
-    best: float = -math.inf
-    best_step: int = 0
-    best_alpha: float = 0.0
-    evaluations_since_best: int = 0
-    skipped: int = 0
-    first_loss: float | None = None
 
 
 class Trainer:
@@ -130,7 +113,7 @@ class Trainer:
         state = self.state()
         self.checkpoints.load(commit, state)
         self.dense.load_state(state["dense"])
-        self.progress = Progress(**commit.record["progress"])
+        self.progress = commit.progress
         self._saved_step = self.progress.step
 
     def state(self) -> dict[str, Any]:
@@ -335,10 +318,7 @@ class Trainer:
     def _save(self, state: dict[str, Any], reporter: Reporter | None) -> None:
         if reporter:
             reporter.publish()
-        progress = asdict(self.progress)
-        if not math.isfinite(self.progress.best):
-            progress.pop("best")  # JSON has no infinity; the default is the same
-        record = {"progress": progress, "world_size": self.world.size}
+        record = {"progress": self.progress.to_json(), "world_size": self.world.size}
         keep, best = self.config.checkpoint.keep, self.progress.best_step or None
         background = self.config.checkpoint.background
         self.checkpoints.save(self.progress.step, state, record, keep, best, background)

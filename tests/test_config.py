@@ -43,7 +43,7 @@ def test_a_dumped_config_reads_back_the_same(tmp_path: Path) -> None:
         (["tables.lr=.inf"], r"tables\.lr"),
         (["tables.sharding=column_wise"], "needs optimizer adagrad or sgd"),
         (["run.seed=20260101000000"], r"run\.seed"),
-        (["train.batch=[1"], "not valid YAML"),
+        (["train.batch=[1"], "not YAML"),
         (["train.batch=100"], r"multiple of data\.streams"),
         (["train.select_metric=recall@30"], r"K=30 in evaluation\.k"),
         (["generator.levels=[30]"], r"levels must lie in 1\.\.steps"),

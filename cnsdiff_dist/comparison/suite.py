@@ -136,8 +136,8 @@ def load_suite(path: str, out: str | None = None) -> Suite:
     where = storage.display(path)
     try:
         tree = yaml.safe_load(storage.read_text(path))
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(f"{where}: not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{where}: a suite is a mapping; configs/suites/ has an example")
     if out:

@@ -63,7 +63,10 @@ def read_ids(url: str, manifest: Manifest, side: Side) -> pa.Table:
     Raises:
         UserError: a file is missing or damaged.
     """
-    return pa.concat_tables([_read_shard(url, shard, None) for shard in manifest.ids[side].shards])
+    shards = manifest.ids[side].shards
+    if not shards:
+        raise UserError(f"{storage.display(url)}: no {side} in this dataset")
+    return pa.concat_tables([_read_shard(url, shard, None) for shard in shards])
 
 
 def read_id_blocks(
@@ -90,9 +93,13 @@ def _read_shard(url: str, shard: Shard, columns: list[str] | None) -> pa.Table:
     if hashlib.sha256(content).hexdigest() != shard.sha256:
         raise _damaged(path, "its sha256 is not the manifest's")
     with damage(storage.display(path)):
-        table = pq.ParquetFile(pa.BufferReader(content)).read(columns=columns)
+        file = pq.ParquetFile(pa.BufferReader(content))
+        if file.metadata.num_rows != shard.rows:  # before they are all decompressed
+            found = file.metadata.num_rows
+            raise _damaged(path, f"{found} rows, where the manifest promises {shard.rows}")
+        table = file.read(columns=columns)
     if table.num_rows != shard.rows:
-        raise _damaged(path, f"{table.num_rows} rows, where the manifest promises {shard.rows}")
+        raise _damaged(path, f"{table.num_rows} rows, where its footer has {shard.rows}")
     missing = set(columns or []) - set(table.column_names)
     if missing:
         raise _damaged(path, f"no column {missing.pop()}")

@@ -5,13 +5,14 @@ directory without one is not a dataset. Everything else in this package trusts t
 manifest for counts and checks files against it when it opens them.
 """
 
-from typing import Literal
+from itertools import pairwise
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cnsdiff_dist.errors import UserError
 
@@ -19,6 +20,12 @@ SPLITS = ("train", "valid_iid", "valid_ood", "test_iid", "test_ood")
 
 INTERACTION_SCHEMA = pa.schema([("user", pa.int64()), ("item", pa.int64())])
 """Rows of the id maps, not raw ids. ``timestamp`` (int64, as in the log) may follow."""
+
+
+# A manifest may mean harm: what it promises is what is allocated before a file is read.
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+GroupRows = Annotated[int, Field(ge=0, le=2**20)]
+RelativePath = Annotated[str, Field(max_length=500)]
 
 
 class _Strict(BaseModel):
@@ -33,19 +40,21 @@ class Shard(_Strict):
     nothing reads by row group); ``footer_crc32`` that of the last ``footer_bytes``, to the end.
     """
 
-    path: str
-    rows: int
-    row_groups: list[int]
+    path: RelativePath
+    rows: Count
+    row_groups: list[GroupRows]
     row_group_crc32: list[int]
-    footer_bytes: int
+    footer_bytes: Count
     footer_crc32: int
-    bytes: int
+    bytes: Count
     sha256: str
 
     @model_validator(mode="after")
-    def _one_checksum_each(self) -> "Shard":
+    def _consistent(self) -> Self:
         if len(self.row_group_crc32) != len(self.row_groups):
             raise ValueError(f"{self.path}: row_group_crc32 and row_groups differ in length")
+        if self.rows != sum(self.row_groups) or self.footer_bytes > self.bytes:
+            raise ValueError(f"{self.path}: its rows or bytes are more or less than its parts")
         return self
 
 
@@ -64,16 +73,25 @@ def _first_page(chunk: pq.ColumnChunkMetaData) -> int:
 
 
 class Split(_Strict):
-    rows: int
+    rows: Count
     shards: list[Shard]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.rows != sum(shard.rows for shard in self.shards):
+            raise ValueError(f"{self.rows} rows, which its shards have not")
+        return self
 
 
 class Blob(_Strict):
     """One raw file (graph arrays); ``path`` is relative to the dataset directory."""
 
-    path: str
-    bytes: int
+    path: RelativePath
+    bytes: Count
     sha256: str
+
+
+Blobs = Annotated[tuple[Blob, ...], Field(min_length=1)]
 
 
 class Graph(_Strict):
@@ -83,12 +101,12 @@ class Graph(_Strict):
     cut into one or more files, whose bytes follow one another.
     """
 
-    edges: int
+    edges: Count
     index_dtype: Literal["int32", "int64"]
-    user_indptr: tuple[Blob, ...]
-    user_items: tuple[Blob, ...]
-    item_indptr: tuple[Blob, ...]
-    item_users: tuple[Blob, ...]
+    user_indptr: Blobs
+    user_items: Blobs
+    item_indptr: Blobs
+    item_users: Blobs
 
     @property
     def blobs(self) -> tuple[Blob, ...]:
@@ -105,8 +123,8 @@ class Manifest(_Strict):
 
     schema_version: Literal[3]
     name: str
-    users: int
-    items: int
+    users: Count
+    items: Count
     columns: list[str]
     shift: dict[str, str | int | float | None]
     splits: dict[str, Split]
@@ -115,6 +133,16 @@ class Manifest(_Strict):
     environment_edges: list[int]
     dropped: dict[str, int]
     digest: str
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if "train" not in self.splits or set(self.ids) != {"users", "items"}:
+            raise ValueError("no train split, or no id map of users or items")
+        if self.ids["users"].rows != self.users or self.ids["items"].rows != self.items:
+            raise ValueError("the id maps have not as many rows as there are users and items")
+        if any(a > b for a, b in pairwise(self.environment_edges)):
+            raise ValueError("environment_edges do not ascend")
+        return self
 
     @property
     def train(self) -> Split:

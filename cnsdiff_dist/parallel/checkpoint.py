@@ -12,32 +12,89 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
+import pickle
 import re
 import shutil
 import socket
 import time
 import uuid
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import CheckpointException
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.errors import UserError
-from cnsdiff_dist.parallel.dcp_io import METADATA, Files, Planner, Reader, Writer
+from cnsdiff_dist.parallel.dcp_io import METADATA, Files, Planner, Reader, Writer, local_tensors
 from cnsdiff_dist.world import World, is_lost_peer
 
 _COMMIT, _DAMAGED, _OWNER = "commit.json", "damaged.json", "owner.json"
-_NAME = re.compile(r"^step-(\d{8,})$")
+_NAME = re.compile(r"^step-([0-9]{8,15})\Z")
 _CHUNK = 1 << 22
+_FAULTS = (OSError, ValueError, RuntimeError)
+# What a checkpoint that means harm makes torch, pickle and zipfile raise, besides what disks do.
+_HARM = (
+    *_FAULTS, TypeError, LookupError, AttributeError, AssertionError,
+    EOFError, OverflowError, MemoryError, pickle.UnpicklingError, zipfile.BadZipFile,
+    NotImplementedError,
+)  # fmt: skip
+
+
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@dataclass
+class Progress:
+    """Where a training is: all that resuming needs besides the tensors.
+
+    ``skipped`` counts steps left out for not being finite, ``first_loss`` is the first mean that
+    was logged.
+    """
+
+    step: Count = 0
+    best: Finite = -math.inf
+    best_step: Count = 0
+    best_alpha: Finite = 0.0
+    evaluations_since_best: Count = 0
+    skipped: Count = 0
+    first_loss: Finite | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON has no infinity: before the first evaluation ``best`` is left to its default."""
+        return {key: value for key, value in asdict(self).items() if value != -math.inf}
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    bytes: Count
+    sha256: str
+
+
+class _Record(BaseModel):
+    """What a commit.json holds at least."""
+
+    model_config = ConfigDict(strict=True)
+
+    progress: Progress = Progress()
+    files: dict[Annotated[str, Field(pattern=r"^(\.metadata|__\d{1,9}_\d{1,9}\.distcp)$")], _File]
+    digest: str
+
+
+def _checked(record: dict[str, Any]) -> _Record:
+    # From JSON again: only there does pydantic's strictness let a dataclass be a mapping.
+    return _Record.model_validate_json(json.dumps(record))
 
 
 @dataclass(frozen=True)
@@ -47,6 +104,11 @@ class Commit:
     step: int
     url: str
     record: dict[str, Any]
+
+    @property
+    def progress(self) -> Progress:
+        """Of a commit whose :meth:`Checkpoints.damage` is None."""
+        return _checked(self.record).progress
 
 
 @dataclass
@@ -90,17 +152,27 @@ class Checkpoints:
     def _scan(self) -> list[dict[str, Any]]:
         if not self._world.is_main:
             return []
-        names = _committed(storage.list_files(self._url))
+        names = _committed(self._files())
         urls = [storage.join(self._url, name) for name in names]
         return [
             {"step": _step(name), "url": url, "record": _read_commit(url)}
             for name, url in zip(names, urls, strict=True)
         ]
 
+    def _files(self) -> list[str]:
+        """What lies here, relative; not through a link, which would lead out of the run."""
+        found = storage.list_files(self._url)
+        links = {
+            name
+            for name in {path.partition("/")[0] for path in found}
+            if storage.is_link(f"{self._url}/{name}")
+        }
+        return [path for path in found if path.partition("/")[0] not in links]
+
     def damage(self, commit: Commit) -> str | None:
         """What is wrong with a checkpoint's files, in words; None if they are what was committed.
         Each rank reads a share of them. Collective."""
-        found = _record_damage(commit)
+        found = record_damage(commit)
         if found is None:
             names = sorted(commit.record["files"])[self._world.rank :: self._world.size]
             found = next(filter(None, (_file_damage(commit, name) for name in names)), None)
@@ -230,7 +302,7 @@ class Checkpoints:
 
     def prune(self, keep: int, best_step: int | None) -> None:
         """Delete all but the newest ``keep`` and the best, and what was never committed."""
-        files = storage.list_files(self._url)
+        files = self._files()
         kept = set(_committed(files)[::-1][:keep])
         for name in {path.partition("/")[0] for path in files} - kept:
             if _NAME.match(name) and _step(name) != best_step:
@@ -250,10 +322,10 @@ def _step(name: str) -> int:
 
 
 def _read_commit(url: str) -> dict[str, Any]:
-    """The JSON of a commit, or nothing where it is damaged: :func:`_record_damage` says so."""
+    """The JSON of a commit, or nothing where it is damaged: :func:`record_damage` says so."""
     try:
         record = json.loads(storage.read_bytes(f"{url}/{_COMMIT}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -262,11 +334,16 @@ def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _record_damage(commit: Commit) -> str | None:
+def record_damage(commit: Commit) -> str | None:
     record = {key: value for key, value in commit.record.items() if key != "digest"}
     if not record or _digest(record) != commit.record.get("digest"):
         return f"{_COMMIT} is not what was written"
-    return None if METADATA in record.get("files", {}) else f"{_COMMIT} lists no files"
+    try:
+        files = _checked(commit.record).files
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{_COMMIT}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return None if METADATA in files else f"{_COMMIT} lists no {METADATA}"
 
 
 def _file_damage(commit: Commit, name: str) -> str | None:
@@ -311,17 +388,6 @@ def _refuse_without_room(url: str, state: dict[str, Any], world: World) -> None:
         raise UserError(f"{line}; free some, lower checkpoint.keep, or move run.dir")
 
 
-def local_tensors(state: Any) -> Iterator[Tensor]:
-    """The tensors that this rank holds of a checkpoint tree, shards of sharded ones."""
-    if isinstance(state, dict):
-        for value in state.values():
-            yield from local_tensors(value)
-    elif isinstance(state, ShardedTensor):
-        yield from (shard.tensor for shard in state.local_shards())
-    else:
-        yield state
-
-
 def _host_copy(state: Any) -> Any:
     """A checkpoint tree that the next steps do not change."""
     if isinstance(state, dict):
@@ -343,9 +409,9 @@ def _one_line(url: str, action: str) -> Iterator[None]:
             rank, (cause, _) = next(iter(error.failures.items()))
             line = _cause(cause, url, action)
             raise type(line)(f"{line} (rank {rank})") from cause
-        except (OSError, ValueError, RuntimeError) as error:
-            if is_lost_peer(error):
-                raise
+        except _HARM as error:
+            if is_lost_peer(error) or (action == "write" and not isinstance(error, _FAULTS)):
+                raise  # Peers names the rank; the others are bugs
             raise _cause(error, url, action) from error
 
 

@@ -6,19 +6,27 @@ unpickled but a tree of known metadata classes, and only files that the checkpoi
 
 import hashlib
 import io
+import math
 import pickle
-from collections.abc import Iterator
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import EnumType
 from pathlib import PurePosixPath
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecReader, FsspecWriter
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
+from torch.distributed.checkpoint.filesystem import (
+    CURRENT_DCP_VERSION,
+    _StorageReaderTransforms,
+)
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from cnsdiff_dist import storage
@@ -37,6 +45,17 @@ _KNOWN = {
         "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
     },
 }  # fmt: skip
+
+
+def local_tensors(state: Any) -> Iterator[Tensor]:
+    """The tensors that this rank holds of a checkpoint tree, shards of sharded ones."""
+    if isinstance(state, dict):
+        for value in state.values():
+            yield from local_tensors(value)
+    elif isinstance(state, ShardedTensor):
+        yield from (shard.tensor for shard in state.local_shards())
+    else:
+        yield state
 
 
 class Writer(FsspecWriter):
@@ -110,6 +129,7 @@ class Reader(FsspecReader):
         self.fs: Any
         self.fs.fs, _ = storage.filesystem(url)
         self._files = files
+        self.transforms = _StoredOnly()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
@@ -124,11 +144,71 @@ class Reader(FsspecReader):
         return metadata
 
 
+class _Seekable(io.RawIOBase):
+    """torch's view of a part of a file, whose own ``seek`` from the end is wrong."""
+
+    def __init__(self, view: Any) -> None:
+        self._view = view
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._view.len}[whence]
+        self._view.seek(max(start + offset, 0))
+        return self.tell()
+
+    def tell(self) -> int:
+        return int(self._view.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        return int(self._view.readinto(buffer))
+
+
+class _StoredOnly(_StorageReaderTransforms):
+    """torch writes its archives uncompressed; a compressed one could fill the memory."""
+
+    def transform_load_stream(
+        self, read_item: ReadItem, transform_descriptors: Sequence[str], raw_stream: Any
+    ) -> Any:
+        if transform_descriptors:
+            raise ValueError("it was written through a transform: not a checkpoint of ours")
+        with zipfile.ZipFile(_Seekable(raw_stream)) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("a compressed archive: not a checkpoint of ours")
+        raw_stream.seek(0)
+        return raw_stream
+
+
 class Planner(DefaultLoadPlanner):
     """Fills tensors. What is no tensor torch would unpickle, whatever it is: refused."""
 
+    def create_local_plan(self) -> LoadPlan:
+        """
+        Raises:
+            ValueError: the checkpoint has not every number of what is asked for, or no tensor.
+        """
+        plan = super().create_local_plan()
+        found: Counter[str] = Counter()
+        for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                raise _no_tensor(item)
+            found[item.dest_index.fqn] += math.prod(item.lengths)
+        for name, value in self.state_dict.items():
+            wanted = sum(tensor.numel() for tensor in local_tensors(value))
+            if found[name] != wanted:
+                raise ValueError(f"{name}: {found[name]} of {wanted} numbers: not whole")
+        return plan
+
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise ValueError(f"{read_item.dest_index.fqn} is no tensor: not a checkpoint of ours")
+        raise _no_tensor(read_item)
+
+
+def _no_tensor(item: ReadItem) -> ValueError:
+    return ValueError(f"{item.dest_index.fqn} is no tensor: not a checkpoint of ours")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
