@@ -333,7 +333,10 @@ def _explain(error: ValidationError) -> str:
         return f"{key} is a section; write {key}.KEY=VALUE"
     message = first["msg"].removeprefix("Value error, ")
     got = first.get("input")
-    shown = "" if isinstance(got, dict | BaseModel) else f", not {got!r}"
+    try:
+        shown = "" if isinstance(got, dict | BaseModel) else f", not {got!r}"
+    except ValueError:  # Python prints no number of more than 4300 digits
+        shown = ", not a number of thousands of digits"
     return f"{key + ': ' if key else ''}{message[0].lower()}{message[1:]}{shown}"
 
 

@@ -8,12 +8,14 @@ names the URL, without its secrets, and what to do.
 
 import errno
 import json
+import lzma
 import os
 import random
 import re
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -197,9 +199,13 @@ def explained(url: str, action: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError | ImportError | ValueError) or _foreign(error):
+        if isinstance(error, _EXPLAINED) or _foreign(error):
             raise explain(error, url, action) from error
         raise
+
+
+# The last three: what decompressors raise.
+_EXPLAINED = (OSError, ImportError, ValueError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def _foreign(error: BaseException) -> bool:

@@ -131,8 +131,14 @@ class Reader(FsspecReader):
         self._files = files
         self.transforms = _StoredOnly()
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+        # Now: what fails inside torch's own call, torch logs with its traceback.
+        self._metadata = self._read_metadata()
+
+    def read_metadata(self) -> Metadata:
+        return self._metadata
+
+    def _read_metadata(self) -> Metadata:
+        with self.fs.create_stream(self.fs.concat_path(self.path, METADATA), "rb") as file:
             metadata = _MetadataUnpickler(file).load()
         if not isinstance(metadata, Metadata):
             raise ValueError("its .metadata is of another kind: not a checkpoint of ours")
