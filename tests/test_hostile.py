@@ -1056,11 +1056,12 @@ SECRET_URLS = [
 
 
 @pytest.fixture
-def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_patience(monkeypatch: pytest.MonkeyPatch, new_clients: Callable[[], None]) -> None:
     monkeypatch.setattr(storage.patience, "seconds", 0.0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    new_clients()
 
 
 def _secret_free(folder: Path) -> None:
