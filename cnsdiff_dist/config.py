@@ -285,6 +285,8 @@ def parse_config(tree: dict[str, Any], where: str) -> Config:
     """
     try:
         return Config.model_validate(_numbers_and_tuples(tree))
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply") from None
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from None
 

@@ -15,6 +15,7 @@ class UserError(Exception):
 
     def __init__(self, line: str) -> None:
         line = " ".join(line.split())
+        line = "".join(mark if mark.isprintable() else "?" for mark in line)  # no terminal codes
         super().__init__(line if len(line) <= _LENGTH else f"{line[: _LENGTH - 2]} ..")
 
 
