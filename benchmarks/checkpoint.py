@@ -17,16 +17,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from benchmarks.graphs import power_law_dataset
+from benchmarks.graphs import power_law_dataset, sampled_trainer
 from benchmarks.machine import machine, report
 from cnsdiff_dist.cli import quiet
-from cnsdiff_dist.config import load_config
-from cnsdiff_dist.data.dataset import load_manifest
-from cnsdiff_dist.data.graph import open_graph
 from cnsdiff_dist.loader import Ready
 from cnsdiff_dist.parallel.checkpoint import Costs
 from cnsdiff_dist.trainer import Trainer
-from cnsdiff_dist.world import join_world
 
 
 def main() -> None:
@@ -41,13 +37,7 @@ def main() -> None:
     torch.set_num_threads(1)
     data = power_law_dataset(args.nodes, args.root)
     with tempfile.TemporaryDirectory(dir=args.root) as run:
-        words = [
-            f"data.url={data}", f"run.dir={run}", f"train.batch={args.batch}",
-            "train.select_split=valid_iid", "model.propagation=sampled", "model.fan_out=[10,5]",
-        ]  # fmt: skip
-        config = load_config("configs/demo.yaml", words)
-        manifest, world = load_manifest(data), join_world(60)
-        trainer = Trainer(config, manifest, open_graph(data, manifest, verify=False), world)
+        trainer = sampled_trainer(data, run, f"train.batch={args.batch}")
         report({"benchmark": "checkpoint", "machine": machine(), **_measure(trainer, args)})
 
 

@@ -1,4 +1,4 @@
-"""Synthetic interaction logs with power-law degrees, prepared like any other log.
+"""Synthetic interaction logs with power-law degrees, prepared like any other; a trainer on one.
 
 Two nodes of three are users. The users and items of an edge are drawn independently, with a
 density of x^-0.5 over users and x^-0.7 over items: the largest item of 3.3 million has about
@@ -11,7 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cnsdiff_dist.config import load_config
+from cnsdiff_dist.data.dataset import load_manifest
+from cnsdiff_dist.data.graph import open_graph
 from cnsdiff_dist.data.prepare import Recipe, prepare
+from cnsdiff_dist.trainer import Trainer
+from cnsdiff_dist.world import join_world
 
 _CHUNK = 4_000_000
 _EXPONENTS = {"user": 0.5, "item": 0.7}
@@ -60,3 +65,17 @@ def _nodes(
     drawn = generator.random(size) ** (1 / (1 - _EXPONENTS[side])) * rows
     every = np.arange(start, start + size)
     return np.where(every < rows, every, drawn.astype(np.int64))
+
+
+def sampled_trainer(data: str, run: str, *words: str) -> Trainer:
+    """Of the demo's model on a graph that is sampled at fan-out 10/5, in the world that is joined;
+    ``words`` override the config."""
+    config = load_config(
+        "configs/demo.yaml",
+        [
+            f"data.url={data}", f"run.dir={run}", "train.select_split=valid_iid",
+            "model.propagation=sampled", "model.fan_out=[10,5]", *words,
+        ],
+    )  # fmt: skip
+    manifest = load_manifest(data)
+    return Trainer(config, manifest, open_graph(data, manifest, verify=False), join_world(120))

@@ -23,14 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.graphs import power_law_dataset
+from benchmarks.graphs import power_law_dataset, sampled_trainer
 from benchmarks.machine import machine, report
 from cnsdiff_dist.cli import quiet
-from cnsdiff_dist.config import load_config
 from cnsdiff_dist.data.dataset import load_manifest
-from cnsdiff_dist.data.graph import open_graph
-from cnsdiff_dist.trainer import Trainer
-from cnsdiff_dist.world import join_world
 
 CONSTANT_GIB = 0.8
 """Of the memory bound: the process with its libraries (0.45) and a step's own arrays."""
@@ -84,14 +80,8 @@ def _growth(runs: list[dict[str, Any]]) -> dict[str, float]:
 def _measure(data: str, batch: int, steps: int) -> dict[str, Any]:
     quiet()
     torch.set_num_threads(1)
-    words = [
-        f"data.url={data}", f"run.dir={tempfile.mkdtemp()}", f"train.batch={batch}",
-        "train.select_split=valid_iid", "model.propagation=sampled", "model.fan_out=[10,5]",
-    ]  # fmt: skip
-    config = load_config("configs/demo.yaml", words)
-    world, manifest = join_world(60), load_manifest(data)
-    graph = open_graph(data, manifest, verify=False)
-    trainer = Trainer(config, manifest, graph, world)
+    trainer = sampled_trainer(data, tempfile.mkdtemp(), f"train.batch={batch}")
+    config, world, manifest = trainer.config, trainer.world, load_manifest(data)
     sampling, stepping, rows = [], [], []
     for taken in itertools.islice(trainer.stream.batches(0), steps):
         started = time.perf_counter()

@@ -20,12 +20,9 @@ import time
 
 import torch
 
+from benchmarks.graphs import sampled_trainer
 from benchmarks.machine import machine, report
 from cnsdiff_dist.cli import quiet
-from cnsdiff_dist.config import load_config
-from cnsdiff_dist.data.dataset import load_manifest
-from cnsdiff_dist.data.graph import open_graph
-from cnsdiff_dist.trainer import Trainer
 from cnsdiff_dist.world import join_world, leave_world
 
 
@@ -81,15 +78,8 @@ def _work(args: argparse.Namespace) -> None:
     quiet()
     torch.set_num_threads(1)
     world = join_world(120)
-    words = [
-        f"data.url={args.data}", f"run.dir={tempfile.mkdtemp()}", "train.select_split=valid_iid",
-        f"train.batch={args.rows * world.size}", "model.propagation=sampled",
-        "model.fan_out=[10,5]", f"data.streams={4 * world.size}",
-    ]  # fmt: skip
-    config = load_config("configs/demo.yaml", [*words, *args.overrides])
-    manifest = load_manifest(args.data)
-    graph = open_graph(args.data, manifest, verify=False)
-    trainer = Trainer(config, manifest, graph, world)
+    sizes = [f"train.batch={args.rows * world.size}", f"data.streams={4 * world.size}"]
+    trainer = sampled_trainer(args.data, tempfile.mkdtemp(), *sizes, *args.overrides)
     steps = trainer.loader.steps(0)
     for ready in itertools.islice(steps, args.steps // 3):
         trainer.step(ready)
@@ -98,7 +88,7 @@ def _work(args: argparse.Namespace) -> None:
     for ready in itertools.islice(steps, args.steps):
         trainer.step(ready)
     world.barrier()
-    rate = args.steps * config.train.batch / (time.perf_counter() - started)
+    rate = args.steps * trainer.config.train.batch / (time.perf_counter() - started)
     if world.is_main:
         print(json.dumps({"rate": rate}), flush=True)
     leave_world()

@@ -24,7 +24,7 @@ from cnsdiff_dist.commands import (
     report,
     train,
 )
-from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.errors import UserError, complain
 
 _COMMANDS = (prepare, plan, train, evaluate, calibrate, export, recommend, report, compare)
 
@@ -49,10 +49,10 @@ def main(words: list[str] | None = None) -> int:
     try:
         args.run(args)
     except UserError as error:
-        _complain(str(error))
+        complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _complain("interrupted; what was committed is kept")
+        complain("interrupted; what was committed is kept")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,12 +85,6 @@ def _parser() -> argparse.ArgumentParser:
         # Their epilogs are laid out by hand, so argparse must not wrap; descriptions are prose.
         subparser.description = textwrap.fill(subparser.description or "", 80)
     return parser
-
-
-def _complain(line: str) -> None:
-    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    where = f" [rank {rank}]" if int(size) > 1 else ""
-    print(f"cnsdiff: error{where}: {' '.join(line.split())}", file=sys.stderr)
 
 
 def quiet() -> None:

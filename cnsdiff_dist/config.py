@@ -262,14 +262,14 @@ class _Plain(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def read_yaml(text: str, where: str) -> Any:
-    """YAML of plain values.
+def read_yaml(text: str, where: str, aliases: bool = False) -> Any:
+    """YAML of plain values; with ``aliases`` only where its author is trusted.
 
     Raises:
         UserError: it is not.
     """
     try:
-        return yaml.load(text, _Plain)
+        return yaml.load(text, yaml.SafeLoader if aliases else _Plain)
     except RecursionError:
         raise UserError(f"{where}: not YAML: nested too deeply") from None
     # PyYAML lets what its constructors raise pass: dates and numbers out of range, odd tags.

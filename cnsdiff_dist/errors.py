@@ -1,4 +1,7 @@
-"""The exceptions a user is meant to see."""
+"""The exceptions a user is meant to see, and how they are shown."""
+
+import os
+import sys
 
 _LENGTH = 1000
 
@@ -26,3 +29,10 @@ class TryAgain(UserError):
     """
 
     exit_code = 75
+
+
+def complain(line: str) -> None:
+    """Show what went wrong, as one line that names the rank if there are several."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    where = f" [rank {rank}]" if int(size) > 1 else ""
+    print(f"cnsdiff: error{where}: {' '.join(line.split())}", file=sys.stderr)

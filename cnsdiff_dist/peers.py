@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from cnsdiff_dist.errors import TryAgain
+from cnsdiff_dist.errors import TryAgain, complain
 from cnsdiff_dist.world import World, is_lost_peer
 
 _SECONDS = 1.0
@@ -74,9 +74,7 @@ class Peers:
         return {int(key): value.decode().split() for key, value in zip(keys, values, strict=True)}
 
     def _leave(self, why: str) -> None:
-        print(
-            f"cnsdiff: error [rank {self._world.rank}]: {why}; run again to go on", file=sys.stderr
-        )
+        complain(f"{why}; run again to go on")
         sys.stderr.flush()
         os._exit(TryAgain.exit_code)
 

@@ -277,6 +277,30 @@ def read_bytes(url: str) -> bytes:
         return retrying(read)
 
 
+def size(url: str) -> int:
+    """The bytes of a file."""
+    with explained(url, "read"):
+        fs, path = filesystem(url)
+        return retrying(lambda: int(fs.size(path)))
+
+
+def read_range(url: str, start: int, stop: int, action: str = "read") -> bytes:
+    """Bytes [start, stop) of a file, fewer where it ends before; ``action`` is for the error."""
+
+    def read() -> bytes:
+        if is_local(url):  # past fsspec's buffers, which read ahead
+            handle = os.open(local_path(url), os.O_RDONLY)
+            try:
+                return os.pread(handle, stop - start, start)
+            finally:
+                os.close(handle)
+        return bytes(fs.cat_file(path, start=start, end=stop))
+
+    with explained(url, action):
+        fs, path = filesystem(url)
+        return retrying(read)
+
+
 def read_text(url: str) -> str:
     try:
         return read_bytes(url).decode("utf-8")
@@ -393,27 +417,3 @@ def upload(source: Path, url: str) -> None:
     with explained(url, "write"):
         fs, path = filesystem(url)
         retrying(lambda: fs.put_file(str(source), path))
-
-
-def size(url: str) -> int:
-    """The bytes of a file."""
-    with explained(url, "read"):
-        fs, path = filesystem(url)
-        return retrying(lambda: int(fs.size(path)))
-
-
-def read_range(url: str, start: int, stop: int, action: str = "read") -> bytes:
-    """Bytes [start, stop) of a file, fewer where it ends before; ``action`` is for the error."""
-
-    def read() -> bytes:
-        if is_local(url):  # past fsspec's buffers, which read ahead
-            handle = os.open(local_path(url), os.O_RDONLY)
-            try:
-                return os.pread(handle, stop - start, start)
-            finally:
-                os.close(handle)
-        return bytes(fs.cat_file(path, start=start, end=stop))
-
-    with explained(url, action):
-        fs, path = filesystem(url)
-        return retrying(read)

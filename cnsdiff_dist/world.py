@@ -1,15 +1,15 @@
 """The processes that train together. The only module that acts on the launcher's environment.
 
-(The command line reads the rank too, to name it in an error, without waiting for torch.)
+(errors.py reads the rank too, to name it in an error, without waiting for torch; roll_call.py
+what the launcher's store is.)
 """
 
 import ctypes
 import os
 import resource
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,13 +30,15 @@ _LIBC = ctypes.CDLL(None) if hasattr(ctypes.CDLL(None), "mallopt") else None  # 
 @dataclass(frozen=True)
 class World:
     """One process's place: ``rank`` in 0..size-1, its ``device``, and ``local_rank`` in
-    0..local_size-1 among those of its node."""
+    0..local_size-1 among those of its node; ``group`` carries its collectives (None: torch's
+    default one)."""
 
     rank: int
     size: int
     device: torch.device
     local_size: int = 1
     local_rank: int = 0
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -45,7 +47,7 @@ class World:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The element-wise sum over ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def own(self, rows: int) -> range:
@@ -62,27 +64,40 @@ class World:
         if self.size == 1:
             return tensor[None]
         out = tensor.new_empty((self.size, *tensor.shape))
-        dist.all_gather(list(out.unbind(0)), tensor.contiguous())
+        dist.all_gather(list(out.unbind(0)), tensor.contiguous(), group=self.group)
         return out
 
     def spread(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """Fill the tensor with that of the rank ``source``."""
         if self.size > 1:
-            dist.broadcast(tensor, source)
+            dist.broadcast(tensor, source, group=self.group)
         return tensor
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value on every rank: what one process decides, all must do."""
-        return _broadcast(value, self.size, None)
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
-        return _gather_objects(value, self.size, None)
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
 
-    @cached_property
-    def background(self) -> "Background":
-        """Collectives for a thread beside the training. Collective the first time."""
-        return Background(self.size)
+    def apart(self) -> "World":
+        """The same ranks, whose collectives do not meet those of this world: for one thread of
+        each rank beside the training. Collective.
+
+        Over gloo, on hosts. They wait for hours, not for ``run.timeout_seconds``: a rank may take
+        much longer to write than another; one that dies is noticed at once all the same.
+        """
+        group = dist.new_group(backend="gloo", timeout=timedelta(hours=3))
+        return replace(self, group=group)
 
     def peak_memory(self) -> float:
         """The most memory that any rank ever held, in GiB: of its GPU or, on a CPU, of the
@@ -101,29 +116,7 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
-
-
-class Background:
-    """Collectives between one thread of each rank, apart from the training's own.
-
-    Over gloo, on hosts. They wait for hours, not for ``run.timeout_seconds``: a rank may take much
-    longer to write than another; one that dies is noticed at once all the same.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=3))
-
-    def barrier(self) -> None:
-        if self._size > 1:
-            dist.barrier(self.group)
-
-    def broadcast(self, value: Any) -> Any:
-        return _broadcast(value, self._size, self.group)
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        return _gather_objects(value, self._size, self.group)
+            dist.barrier(group=self.group)
 
 
 class Vote:
@@ -149,22 +142,6 @@ class Vote:
         self._sum = torch.full((1,), float(mine))
         self._work = dist.all_reduce(self._sum, group=self._group, async_op=True)
         return decided
-
-
-def _broadcast(value: Any, size: int, group: dist.ProcessGroup | None) -> Any:
-    if size == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=group)
-    return box[0]
-
-
-def _gather_objects(value: Any, size: int, group: dist.ProcessGroup | None) -> list[Any]:
-    if size == 1:
-        return [value]
-    found: list[Any] = [None] * size
-    dist.all_gather_object(found, value, group=group)
-    return found
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -100,21 +101,10 @@ def test_ranks_stop_at_the_same_step_when_one_of_them_is_asked(
     assert _committed(run)[-1] == _logged(run)[-1]
 
 
-class _Process:
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-
-    def send_signal(self, number: int) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, number)
-
-
-def _rank(agent: subprocess.Popen[str], rank: int) -> _Process:
-    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-    for child in children:
-        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return _Process(int(child))
-    raise AssertionError(f"no rank {rank} among {children}")
+def _rank(agent: subprocess.Popen[str], rank: int) -> psutil.Process:
+    ranks = psutil.Process(agent.pid).children()
+    (found,) = (child for child in ranks if child.environ().get("RANK") == str(rank))
+    return found
 
 
 def test_a_second_sigterm_ends_at_once_and_harms_nothing(dataset: str, tmp_path: Path) -> None:
@@ -178,7 +168,8 @@ def test_a_lost_peer_is_named(dataset: str, tmp_path: Path, how: signal.Signals)
         peer = _rank(process, 1)
         peer.send_signal(how)
         error = next(line for line in process.stderr or () if "cnsdiff: error" in line)
-        peer.send_signal(signal.SIGKILL)  # a stopped one outlives its launcher
+        with suppress(psutil.NoSuchProcess):
+            peer.kill()  # a stopped one outlives its launcher
     assert "cnsdiff: error [rank 0]: lost rank 1 on" in error
     assert "run again to go on" in error
 

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from cnsdiff_dist import storage
-from cnsdiff_dist.config import Config, Section, parse_config
+from cnsdiff_dist.config import Config, Section, parse_config, read_yaml
 from cnsdiff_dist.errors import UserError
 
 Settings = dict[str, Any]
@@ -134,10 +134,7 @@ def load_suite(path: str, out: str | None = None) -> Suite:
         UserError: unreadable, an unknown key, a wrong value, or unequal budgets.
     """
     where = storage.display(path)
-    try:
-        tree = yaml.safe_load(storage.read_text(path))
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise UserError(f"{where}: not YAML: {error}") from None
+    tree = read_yaml(storage.read_text(path), where, aliases=True)
     if not isinstance(tree, dict):
         raise UserError(f"{where}: a suite is a mapping; configs/suites/ has an example")
     if out:

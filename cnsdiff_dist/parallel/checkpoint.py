@@ -34,13 +34,13 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import CheckpointException
 
 from cnsdiff_dist import storage
+from cnsdiff_dist.data.schema import Count
 from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.parallel.dcp_io import METADATA, Files, Planner, Reader, Writer, local_tensors
 from cnsdiff_dist.world import World, is_lost_peer
 
 _COMMIT, _DAMAGED, _OWNER = "commit.json", "damaged.json", "owner.json"
 _NAME = re.compile(r"^step-([0-9]{8,15})\Z")
-_CHUNK = 1 << 22
 _FAULTS = (OSError, ValueError, RuntimeError)
 # What a checkpoint that means harm makes torch, pickle and zipfile raise, besides what disks do.
 _HARM = (
@@ -50,7 +50,6 @@ _HARM = (
 )  # fmt: skip
 
 
-Count = Annotated[int, Field(ge=0, lt=2**48)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -140,7 +139,7 @@ class Checkpoints:
     def __init__(self, run_url: str, world: World) -> None:
         self._url, self._world = storage.join(run_url, "checkpoints"), world
         self._token: str | None = None
-        self._writing: Future[float] | None = None
+        self._writing: Future[tuple[float, int]] | None = None
         self.costs = Costs()
 
     # --- what is there --------------------------------------------------------------------
@@ -199,7 +198,7 @@ class Checkpoints:
 
     def claim(self) -> None:
         """From now on only this training may commit here. Collective."""
-        self._token = uuid.uuid4().hex
+        self._token, self._behind = uuid.uuid4().hex, self._world.apart()
         if self._world.is_main:
             owner = {"token": self._token, "host": socket.gethostname(), "pid": os.getpid()}
             storage.write_json(f"{self._url}/{_OWNER}", owner)
@@ -238,21 +237,23 @@ class Checkpoints:
         """
         writing, self._writing, started = self._writing, None, time.monotonic()
         if writing is not None:
-            self.costs.written += writing.result()
+            seconds, size = writing.result()
+            self.costs.written += seconds
+            self.costs.bytes += size
             self.costs.waited += time.monotonic() - started
 
-    def _write(self, job: _Job) -> float:
+    def _write(self, job: _Job) -> tuple[float, int]:
+        """Seconds it took, and bytes of this rank. Its collectives are those of ``_behind``."""
         started = time.monotonic()
         if self._world.is_main:
             storage.delete_tree(job.url)  # debris of a run that was killed at this very step
-        self._world.background.barrier()
+        self._behind.barrier()
         files = self._write_files(job)
-        self.costs.bytes += sum(int(entry["bytes"]) for entry in files.values())
         everyones: Files = {}
-        for ranks in self._world.background.gather_objects(files):
+        for ranks in self._behind.gather_objects(files):
             everyones |= ranks
         self._agreed(lambda: self._commit(job, everyones))
-        return time.monotonic() - started
+        return time.monotonic() - started, sum(int(entry["bytes"]) for entry in files.values())
 
     def _write_files(self, job: _Job) -> Files:
         """Write the tree; from the start again while what failed may pass."""
@@ -261,13 +262,11 @@ class Checkpoints:
             writer = Writer(job.url)
             try:
                 with _one_line(job.url, "write"):
-                    dcp.save(
-                        job.state, storage_writer=writer, process_group=self._world.background.group
-                    )
+                    dcp.save(job.state, storage_writer=writer, process_group=self._behind.group)
                 return writer.files
             except UserError as error:
                 again = storage.is_transient(_root(error)) and time.monotonic() < deadline
-                if not self._world.background.broadcast(again):
+                if not self._behind.broadcast(again):
                     if self._world.is_main:
                         storage.delete_tree(job.url)
                     raise
@@ -296,7 +295,7 @@ class Checkpoints:
                 act()
             except UserError as error:
                 failure = error
-        failure = self._world.background.broadcast(failure)
+        failure = self._behind.broadcast(failure)
         if failure is not None:
             raise failure
 
@@ -351,12 +350,9 @@ def _file_damage(commit: Commit, name: str) -> str | None:
     url, expected = storage.join(commit.url, name), commit.record["files"][name]
 
     def digest() -> tuple[int, str]:
-        sha256, size = hashlib.sha256(), 0
         with storage.open_read(url) as file:
-            while chunk := file.read(_CHUNK):
-                sha256.update(chunk)
-                size += len(chunk)
-        return size, sha256.hexdigest()
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            return file.seek(0, os.SEEK_END), sha256
 
     if not storage.exists(url):
         return f"{name} is missing"

@@ -376,45 +376,57 @@ class BucketKillRank(BucketScenario, KillRank):
     name, times = "s3-kill-rank", 5
 
 
-class BucketPauses(BucketScenario):
+class BucketIsAway(BucketScenario):
+    """The S3 server is away for some seconds; ``leave`` and ``come`` say how."""
+
+    times = 3
+    seconds = (0.0, 0.0)
+
+    def leave(self, server: S3Server) -> None:
+        raise NotImplementedError
+
+    def come(self, server: S3Server) -> None:
+        raise NotImplementedError
+
+    def disturb(self, lab: Lab, job: Job, calm: Calm) -> None:
+        server = job.run.server
+        for _ in range(self.count(lab)):
+            if not job.go_on(lab.rng.uniform(0, 1.5)):
+                return
+            job.disturbances += 1
+            self.leave(server)
+            try:
+                there = job.go_on(lab.rng.uniform(*self.seconds))
+            finally:
+                self.come(server)
+            if not (there and job.outlast(lambda: None)):
+                return
+        job.notes.append(f"{len(job.watcher.attempts()) - 2} processes began anew")
+
+
+class BucketPauses(BucketIsAway):
     """The S3 server keeps its connections and answers nothing for a while."""
 
-    name, times = "s3-pause", 3
+    name, seconds = "s3-pause", (3, 10)
 
-    def disturb(self, lab: Lab, job: Job, calm: Calm) -> None:
-        server = job.run.server
-        for _ in range(self.count(lab)):
-            if not job.go_on(lab.rng.uniform(0, 1.5)):
-                return
-            job.disturbances += 1
-            server.pause()
-            try:
-                there = job.go_on(lab.rng.uniform(3, 10))
-            finally:
-                server.resume()
-            if not (there and job.outlast(lambda: None)):
-                return
-        job.notes.append(f"{len(job.watcher.attempts()) - 2} processes began anew")
+    def leave(self, server: S3Server) -> None:
+        server.pause()
+
+    def come(self, server: S3Server) -> None:
+        server.resume()
 
 
-class BucketDies(BucketScenario):
+class BucketDies(BucketIsAway):
     """The S3 server is killed, and after a while started again on the same directory."""
 
-    name, times = "s3-kill", 3
+    name, seconds = "s3-kill", (1, 8)
 
-    def disturb(self, lab: Lab, job: Job, calm: Calm) -> None:
-        server = job.run.server
-        for _ in range(self.count(lab)):
-            if not job.go_on(lab.rng.uniform(0, 1.5)):
-                return
-            job.disturbances += 1
-            server.kill()
-            there = job.go_on(lab.rng.uniform(1, 8))
-            server.start()
-            server.create_bucket("chaos")  # returns once it answers
-            if not (there and job.outlast(lambda: None)):
-                return
-        job.notes.append(f"{len(job.watcher.attempts()) - 2} processes began anew")
+    def leave(self, server: S3Server) -> None:
+        server.kill()
+
+    def come(self, server: S3Server) -> None:
+        server.start()
+        server.create_bucket("chaos")  # returns once it answers
 
 
 class BadNetwork(BucketScenario):
