@@ -98,7 +98,7 @@ class Peers:
         others = [rank for rank in range(self._world.size) if rank != self._world.rank]
         try:
             before = self._beats(others)
-            time.sleep(2.5 * _SECONDS)
+            time.sleep(1.5 * _SECONDS)
             after = self._beats(others)
         except RuntimeError:
             return "the launcher's store is lost, and its node perhaps with it"

@@ -9,6 +9,7 @@ import select
 import signal
 import sys
 import threading
+from contextlib import ExitStack
 from typing import Self
 
 from cnsdiff_dist.errors import TryAgain
@@ -21,26 +22,26 @@ class Preemption:
     collective for minutes; the interpreter writes the signal's number into a pipe at once.
     """
 
-    def __init__(self, grace_seconds: float, on: bool = True) -> None:
+    def __init__(self, grace_seconds: float) -> None:
         self.asked = threading.Event()
-        self._grace, self._on = grace_seconds, on
+        self._grace, self._undo = grace_seconds, ExitStack()
 
     def __enter__(self) -> Self:
-        if not self._on:
-            return self
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        self._handler = signal.signal(signal.SIGTERM, lambda *_: None)
-        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, name="preemption", daemon=True).start()
         return self
 
+    def watch(self) -> None:
+        """From now on; before it, SIGTERM ends the process, which has nothing to save yet."""
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._undo.callback(os.close, self._write)  # the thread reads the end, and leaves
+        handler = signal.signal(signal.SIGTERM, lambda *_: None)
+        self._undo.callback(signal.signal, signal.SIGTERM, handler)
+        wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._undo.callback(signal.set_wakeup_fd, wakeup)
+        threading.Thread(target=self._watch, name="preemption", daemon=True).start()
+
     def __exit__(self, *_: object) -> None:
-        if not self._on:
-            return
-        signal.set_wakeup_fd(self._wakeup)
-        signal.signal(signal.SIGTERM, self._handler)
-        os.close(self._write)  # the thread reads the end, and leaves
+        self._undo.close()
 
     def _watch(self) -> None:
         try:

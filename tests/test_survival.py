@@ -128,7 +128,8 @@ def _hang(grace: int) -> None:
     """Preempted while the main thread is deaf: as in a collective whose peer is gone."""
     from cnsdiff_dist.preemption import Preemption
 
-    with Preemption(grace):
+    with Preemption(grace) as preemption:
+        preemption.watch()
         os.kill(os.getpid(), signal.SIGTERM)
         torch.distributed.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=True)
 
@@ -161,9 +162,10 @@ def test_a_vote_is_known_to_all_one_step_later() -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_peer_is_named(dataset: str, tmp_path: Path, how: signal.Signals) -> None:
+    """Also while torchrun, which sees a dead rank at once, sends the others SIGTERM."""
     run, words = _long(dataset, tmp_path)
     words += ["run.timeout_seconds=6", "run.retry_seconds=2"]
-    with _started(*_torchrun("--monitor-interval", "15", *words)) as process:
+    with _started(*_torchrun("--monitor-interval", "0.1", *words)) as process:
         _wait(lambda: _logged(run))
         peer = _rank(process, 1)
         peer.send_signal(how)

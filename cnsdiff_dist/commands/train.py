@@ -79,14 +79,17 @@ def train(config: Config, preemptible: bool = False) -> None:
     with (
         storage.patient(config.run.retry_seconds),
         Peers(world, config.run.timeout_seconds) as peers,
+        # Around the naming of lost peers: torchrun, which sees one die, sends the others SIGTERM.
+        Preemption(config.run.grace_seconds) as preemption,
         peers.named(),
     ):
-        _train(config, manifest, world, peers, Preemption(config.run.grace_seconds, preemptible))
+        _train(config, manifest, world, peers, preemption, preemptible)
 
 
 def _train(
-    config: Config, manifest: "Manifest", world: "World", peers: "Peers", preemption: "Preemption"
-) -> None:
+    config: Config, manifest: "Manifest", world: "World", peers: "Peers",
+    preemption: "Preemption", preemptible: bool,
+) -> None:  # fmt: skip
     from cnsdiff_dist.data.graph import open_graph
     from cnsdiff_dist.reporting import Reporter
     from cnsdiff_dist.rundir import open_run
@@ -104,7 +107,9 @@ def _train(
 
     start, total = trainer.progress.step, trainer.total_steps
     reporting = Reporter(config.run.dir, start, total) if world.is_main else nullcontext()
-    with preemption, reporting as reporter:
+    if preemptible:
+        preemption.watch()
+    with reporting as reporter:
         if reporter:
             reporter.say(_headline(config, manifest.name, world.size, world.device.type))
             for line in damaged:
