@@ -18,6 +18,7 @@ from cnsdiff_dist.commands import (
     compare,
     evaluate,
     export,
+    launch,
     plan,
     prepare,
     recommend,
@@ -26,7 +27,7 @@ from cnsdiff_dist.commands import (
 )
 from cnsdiff_dist.errors import UserError, complain
 
-_COMMANDS = (prepare, plan, train, evaluate, calibrate, export, recommend, report, compare)
+_COMMANDS = (prepare, plan, train, evaluate, calibrate, export, recommend, report, compare, launch)
 
 _EPILOG = """\
 a whole job:
@@ -41,7 +42,7 @@ several processes: torchrun --nproc-per-node 2 -m cnsdiff_dist train configs/dem
 
 def main(words: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = _parser().parse_args(words)
+    args = _parse(words)
     quiet()
     if "cleans_up" in args and threading.current_thread() is threading.main_thread():
         # A batch system stops a job by SIGTERM: clean up as for Ctrl-C.
@@ -69,6 +70,17 @@ def entry() -> None:
     from cnsdiff_dist.world import leave_world
 
     leave_world()
+
+
+def _parse(words: list[str] | None) -> argparse.Namespace:
+    """argparse takes KEY=VALUE only right after CONFIG; here they may also come after options."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(words)
+    if rest and not ("overrides" in args and all(w[0] != "-" and "=" in w for w in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

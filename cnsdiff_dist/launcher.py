@@ -46,6 +46,7 @@ def main(words: list[str] | None = None) -> int:
             config, _, _ = torchrun.config_from_args(args)
         except ValueError as error:
             raise UserError(f"torchrun: {error}") from None
+        _watch_the_agent(_Health.on(os.environ.get("CNSDIFF_HEALTH_PORT", "")))
         _set_threads(config.nproc_per_node)
         if args.rdzv_endpoint:
             _set_interfaces(_first_node(args.rdzv_endpoint, config.rdzv_configs))
@@ -67,7 +68,6 @@ def _run(args: Any) -> None:
     from torch.distributed.elastic.rendezvous import RendezvousClosedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-    _watch_the_agent(_Health.on(os.environ.get("CNSDIFF_HEALTH_PORT", "")))
     try:
         torchrun.run(args)
     except ChildFailedError as error:

@@ -32,9 +32,16 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a config key")
-    parser.add_argument("--nodes", type=_count, default=1, help="default: %(default)s")
+    add_cluster(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(run=run)
+
+
+def add_cluster(parser: "argparse._ActionsContainer") -> None:
+    """The options that say how large the cluster and the data are."""
+    parser.add_argument("--nodes", type=count, default=1, help="default: %(default)s")
     parser.add_argument(
-        "--gpus-per-node", type=_count, default=1, metavar="G",
+        "--gpus-per-node", type=count, default=1, metavar="G",
         help="ranks of a node, also on CPUs; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
@@ -42,12 +49,10 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="default: %(default)s",
     )  # fmt: skip
     for name in ("users", "items", "edges"):
-        parser.add_argument(f"--{name}", type=_count, metavar="N", help="instead of a dataset's")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.set_defaults(run=run)
+        parser.add_argument(f"--{name}", type=count, metavar="N", help="instead of a dataset's")
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     try:
         value = int(float(text))
     except (ValueError, OverflowError):
@@ -59,15 +64,32 @@ def _count(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
-    from cnsdiff_dist.planning import Cluster, make_plan
-
-    cluster = Cluster(args.device, args.nodes, args.gpus_per_node)
-    base = _base_bytes(config)  # before the sampling of blocks leaves its own behind
-    plan = make_plan(config, cluster, _sizes(args, config, cluster), base)
+    plan = planned(args, config)
     if args.json:
         print(json.dumps(plan.to_json(), indent=2))
     else:
         _print(plan, config)
+    refuse_what_does_not_fit(args, plan)
+
+
+def planned(args: argparse.Namespace, config: Config) -> "Plan":
+    """The plan for the cluster that the options describe.
+
+    Raises:
+        UserError: nothing is known of the dataset.
+    """
+    from cnsdiff_dist.planning import Cluster, make_plan
+
+    cluster = Cluster(args.device, args.nodes, args.gpus_per_node)
+    base = _base_bytes(config)  # before the sampling of blocks leaves its own behind
+    return make_plan(config, cluster, _sizes(args, config, cluster), base)
+
+
+def refuse_what_does_not_fit(args: argparse.Namespace, plan: "Plan") -> None:
+    """
+    Raises:
+        UserError: so is this plan; what to change.
+    """
     if not plan.fits:
         where = " and ".join(plan.over)
         raise UserError(

@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from cnsdiff_dist import storage
+from cnsdiff_dist.data.dataset import MANIFEST
 from cnsdiff_dist.data.prepare import Recipe, prepare
 from cnsdiff_dist.data.readers import FORMATS, ROLES, LogFormat
 from cnsdiff_dist.data.schema import SPLITS, Manifest
@@ -42,7 +44,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     _add_format(parser)
     _add_splitting(parser)
     parser.add_argument("--name", default="", help="name in the manifest; default: OUT's last part")
-    parser.add_argument("--overwrite", action="store_true", help="replace the dataset in OUT")
+    there = parser.add_mutually_exclusive_group()
+    there.add_argument("--overwrite", action="store_true", help="replace the dataset in OUT")
+    there.add_argument(
+        "--if-missing", action="store_true", help="do nothing if there is a dataset in OUT"
+    )
     parser.add_argument(
         "--memory-limit",
         default="4GB",
@@ -178,6 +184,9 @@ def run(args: argparse.Namespace) -> None:
         UserError: the options do not fit together, or the input or output is bad.
     """
     recipe = recipe_from(args)
+    if args.if_missing and storage.exists(storage.join(args.out, MANIFEST)):
+        print(f"{storage.display(args.out)}: a dataset is here already")
+        return
     print(summary(prepare(recipe, lambda line: print(line, file=sys.stderr, flush=True))))
 
 

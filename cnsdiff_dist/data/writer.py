@@ -23,6 +23,7 @@ ROW_GROUP = 65_536
 SHARD_ROWS = 128 * ROW_GROUP
 _PARTS = (*SPLITS, "ids", "graph", "truth")
 _STAGING = ".staging-"
+_PUBLISHING = f"{_STAGING}publishing"  # there while OUT is written: what it holds is ours
 
 
 def write_split(root: Path, folder: str, rows: pa.RecordBatchReader) -> Split:
@@ -99,11 +100,12 @@ def check_output(out: str, overwrite: bool) -> None:
         UserError: ``out`` is a dataset, or holds anything, and may not be replaced; or it is
             remote and does not accept a file.
     """
-    if storage.exists(storage.join(out, MANIFEST)):
+    names = storage.list_files(out)
+    if MANIFEST in names:
         if not overwrite:
             raise UserError(f"{storage.display(out)}: a dataset is here; --overwrite replaces it")
         _refuse_strangers(out)
-    elif any(not name.startswith(_STAGING) for name in storage.list_files(out)):
+    elif _PUBLISHING not in names and any(not name.startswith(_STAGING) for name in names):
         raise UserError(
             f"{storage.display(out)}: not empty, and not a dataset; choose another directory"
         )
@@ -170,9 +172,12 @@ def staging(out: str) -> Iterator[Path]:
 def publish(built: Path, out: str) -> None:
     """Move what was built to ``out``, ``manifest.json`` last; on failure ``out`` has none.
 
+    What a killed one leaves is replaced by the next.
+
     Raises:
         UserError: ``out`` cannot be written.
     """
+    storage.write_bytes(storage.join(out, _PUBLISHING), b"-")
     storage.delete_tree(storage.join(out, MANIFEST))
     for part in _PARTS:
         storage.delete_tree(storage.join(out, part))
@@ -182,10 +187,11 @@ def publish(built: Path, out: str) -> None:
             done.append(part)
             _move(built / part, storage.join(out, part))
     except BaseException:
-        for part in reversed(done):
+        for part in [*reversed(done), _PUBLISHING]:
             with suppress(UserError):
                 storage.delete_tree(storage.join(out, part))
         raise
+    storage.delete_tree(storage.join(out, _PUBLISHING))
 
 
 def _move(source: Path, target: str) -> None:

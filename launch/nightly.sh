@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# One night on one node or many: prepare, train, evaluate, export. See --help.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() {
+    cat <<'END'
+usage: launch/nightly.sh CONFIG [KEY=VALUE..]
+
+The same command on each node. The first prepares a dataset of the night's logs; then all train a
+new run on it, evaluate it and export its embeddings. Run again, it goes on where it was stopped.
+
+  LOGS      the log, as for `cnsdiff prepare --log`: files or a pattern, any fsspec URL
+  NIGHTLY   where to write: NIGHTLY/data/NIGHT, NIGHTLY/runs/NIGHT, NIGHTLY/embeddings/NIGHT
+  NIGHT     this night's name, the same on all nodes        (JOB_NAME; else the date, in UTC)
+  PREPARE   further options of `cnsdiff prepare`            (--shift temporal)
+  SPLIT     what is evaluated                               (test_ood)
+and what launch/torchrun.sh takes. Exit codes are those of launch/torchrun.sh.
+END
+}
+
+case ${1:-} in
+    "" | -h | --help) usage; exit 0 ;;
+esac
+for name in LOGS NIGHTLY; do
+    if [ -z "${!name:-}" ]; then
+        echo "launch/nightly.sh: set $name; see launch/nightly.sh --help" >&2
+        exit 2
+    fi
+done
+
+# A shell that waits passes no signal on by itself.
+child=
+asked=
+trap 'asked=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM
+
+run() {
+    [ -z "$asked" ] || exit 75
+    "$@" &
+    child=$!
+    local code=0
+    wait "$child" || code=$?
+    while kill -0 "$child" 2>/dev/null; do  # the wait ended with a signal to us, not with it
+        code=0
+        wait "$child" || code=$?
+    done
+    child=
+    if [ -n "$asked" ] && [ "$code" != 0 ]; then exit 75; fi
+    [ "$code" = 0 ] || exit "$code"
+}
+
+night=${NIGHT:-${JOB_NAME:-$(date -u +%F)}}
+data=$NIGHTLY/data/$night
+result=$NIGHTLY/runs/$night
+node=${PET_NODE_RANK:-${JOB_COMPLETION_INDEX:-${SLURM_NODEID:-0}}}
+port=${PET_MASTER_PORT:-29400}
+read -ra options <<<"${PREPARE:---shift temporal}"
+read -ra logs <<<"$LOGS"
+
+# The other nodes wait for the first one's rendezvous, and so for its dataset.
+if [ "$node" = 0 ]; then
+    run python -m cnsdiff_dist prepare "$data" --if-missing --log "${logs[@]}" "${options[@]}"
+fi
+# A rendezvous of its own each: a node that is ahead must not join the one that ends.
+PET_MASTER_PORT=$port run launch/torchrun.sh train "$@" "data.url=$data" "run.dir=$result"
+PET_MASTER_PORT=$((port + 1)) run launch/torchrun.sh evaluate "$result" --split "${SPLIT:-test_ood}"
+PET_MASTER_PORT=$((port + 2)) run launch/torchrun.sh export "$result" "$NIGHTLY/embeddings/$night"
