@@ -108,7 +108,8 @@ def _patches(launch: Launch) -> Iterator[tuple[str, Tree]]:
     )
     yield "ConfigMap", {"data": {"config.yaml": launch.config}}
     yield "PodDisruptionBudget", {"spec": {"minAvailable": nodes - 1}}
-    yield "ServiceAccount", {"metadata": {"annotations": dict(launch.identity)}}
+    if launch.identity:
+        yield "ServiceAccount", {"metadata": {"annotations": dict(launch.identity)}}
     yield "TrainingRuntime", {"spec": {"mlPolicy": {"numNodes": nodes}}}
     yield "TrainJob", {"spec": {"trainer": {"numNodes": nodes, "numProcPerNode": launch.ranks}}}
     if launch.schedule:
