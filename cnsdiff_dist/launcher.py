@@ -38,6 +38,7 @@ def main(words: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(TryAgain.exit_code))
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)  # torchrun's own lines; ours say the same
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed import run as torchrun
 
     args = torchrun.parse_args(words)

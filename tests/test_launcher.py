@@ -63,7 +63,7 @@ def _ended(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, s
     return process.returncode, said
 
 
-def _until(what: Callable[[], Any], agent: subprocess.Popen[str]) -> Any:
+def until(what: Callable[[], Any], agent: subprocess.Popen[str]) -> Any:
     """What is waited for, while the agent lives."""
     deadline = time.monotonic() + 60
     while not (found := what()):
@@ -74,10 +74,10 @@ def _until(what: Callable[[], Any], agent: subprocess.Popen[str]) -> Any:
 
 
 def _until_trained(run: Path, agent: subprocess.Popen[str]) -> None:
-    _until(lambda: any((run / "checkpoints").glob("step-*/commit.json")), agent)
+    until(lambda: any((run / "checkpoints").glob("step-*/commit.json")), agent)
 
 
-def _assert_same(one: Path, other: Path) -> None:
+def assert_same_training(one: Path, other: Path) -> None:
     """To the bit: the world size is the same."""
     runs = [LocalRun(one), LocalRun(other)]
     last = max(seen.step for seen in runs[0].commits())
@@ -126,7 +126,7 @@ def test_a_killed_rank_is_started_again_until_no_restart_is_left(
         _until_trained(tmp_path / "run", box)
         killed = _ranks(box)
         killed[0].kill()
-        again = _until(lambda: [rank for rank in _ranks(box) if rank not in killed], box)
+        again = until(lambda: [rank for rank in _ranks(box) if rank not in killed], box)
         again[0].kill()
         code, said = _ended(box)
     assert code == 1
@@ -203,7 +203,7 @@ def test_probes(dataset: str, tmp_path: Path) -> None:
     config = _config(dataset, tmp_path, "run", epochs=4000, patience=100_000)
     port = _port()
     with launched("train", config, CNSDIFF_HEALTH_PORT=str(port)) as box:
-        _until(lambda: _status(port, "/ready") == 200, box)
+        until(lambda: _status(port, "/ready") == 200, box)
         assert _status(port, "/healthz") == 200 and _status(port, "/") == 404
         box.send_signal(signal.SIGSTOP)
         assert _status(port, "/healthz") == 0  # it does not answer in time
@@ -253,7 +253,7 @@ def test_two_hosts_train_what_one_box_trains(dataset: str, tmp_path: Path, hosts
         assert code == 0, said
         assert "4 cpu ranks" in said
         assert _ended(second)[0] == 0
-    _assert_same(tmp_path / "one", tmp_path / "two")
+    assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
 @two_hosts
@@ -275,7 +275,7 @@ def test_a_preempted_host_is_waited_for(dataset: str, tmp_path: Path, hosts: Two
             assert code == 0, said
             assert "resumed from" in said and "started again" in said
             assert _ended(again)[0] == 0
-    _assert_same(tmp_path / "calm", tmp_path / "run")
+    assert_same_training(tmp_path / "calm", tmp_path / "run")
 
 
 @two_hosts
