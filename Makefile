@@ -41,12 +41,14 @@ data/demo/manifest.json: | $(PACKAGE)
 
 test: lint test-fast  ## lint, types, import rules and the default tests
 
-lint: $(PACKAGE) $(DEV)  ## ruff, mypy and import-linter
+lint: $(PACKAGE) $(DEV)  ## ruff, mypy, import-linter, shellcheck and hadolint
 	@echo "== lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch
+	$(BIN)/hadolint Dockerfile
 
 test-fast: $(PACKAGE) $(DEV)  ## the default tests (not slow, not gpu)
 	@echo "== tests"

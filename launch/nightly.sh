@@ -55,11 +55,11 @@ result=$NIGHTLY/runs/$night
 node=${PET_NODE_RANK:-${JOB_COMPLETION_INDEX:-${SLURM_NODEID:-0}}}
 port=${PET_MASTER_PORT:-29400}
 read -ra options <<<"${PREPARE:---shift temporal}"
-read -ra logs <<<"$LOGS"
+read -ra files <<<"$LOGS"
 
 # The other nodes wait for the first one's rendezvous, and so for its dataset.
 if [ "$node" = 0 ]; then
-    run python -m cnsdiff_dist prepare "$data" --if-missing --log "${logs[@]}" "${options[@]}"
+    run python -m cnsdiff_dist prepare "$data" --if-missing --log "${files[@]}" "${options[@]}"
 fi
 # A rendezvous of its own each: a node that is ahead must not join the one that ends.
 PET_MASTER_PORT=$port run launch/torchrun.sh train "$@" "data.url=$data" "run.dir=$result"
