@@ -13,6 +13,7 @@ import textwrap
 import threading
 import warnings
 
+from cnsdiff_dist import logs
 from cnsdiff_dist.commands import (
     calibrate,
     compare,
@@ -23,11 +24,14 @@ from cnsdiff_dist.commands import (
     prepare,
     recommend,
     report,
+    status,
     train,
 )
 from cnsdiff_dist.errors import UserError, complain
 
-_COMMANDS = (prepare, plan, train, evaluate, calibrate, export, recommend, report, compare, launch)
+_COMMANDS = (
+    prepare, plan, train, status, evaluate, calibrate, export, recommend, report, compare, launch,
+)  # fmt: skip
 
 _EPILOG = """\
 a whole job:
@@ -48,6 +52,8 @@ def main(words: list[str] | None = None) -> int:
         # A batch system stops a job by SIGTERM: clean up as for Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if logs.chosen() not in logs.FORMATS:
+            raise UserError(f"{logs.VARIABLE}={logs.chosen()}: text or json")
         args.run(args)
     except UserError as error:
         complain(str(error))

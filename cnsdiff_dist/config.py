@@ -37,6 +37,9 @@ class Run(Section):
     grace_seconds: int = Field(
         25, ge=1, description="after SIGTERM, to checkpoint; torchrun and Kubernetes kill after 30",
     )  # fmt: skip
+    metrics_port: int = Field(
+        0, ge=0, lt=65536, description="rank 0 serves its metrics there to Prometheus; 0 for none"
+    )
 
     @model_validator(mode="after")
     def _peers_outwait_retries(self) -> Self:

@@ -3,6 +3,8 @@
 import os
 import sys
 
+from cnsdiff_dist import logs
+
 _LENGTH = 1000
 
 
@@ -33,6 +35,10 @@ class TryAgain(UserError):
 
 def complain(line: str) -> None:
     """Show what went wrong, as one line that names the rank if there are several."""
+    line = " ".join(line.split())
+    if logs.as_json():
+        logs.write(line, "error", sys.stderr)
+        return
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     where = f" [rank {rank}]" if int(size) > 1 else ""
-    print(f"cnsdiff: error{where}: {' '.join(line.split())}", file=sys.stderr)
+    print(f"cnsdiff: error{where}: {line}", file=sys.stderr)

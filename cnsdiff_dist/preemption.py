@@ -12,6 +12,7 @@ import threading
 from contextlib import ExitStack
 from typing import Self
 
+from cnsdiff_dist import logs
 from cnsdiff_dist.errors import TryAgain
 
 
@@ -51,7 +52,11 @@ class Preemption:
         except EOFError:
             return
         why = "a second SIGTERM" if again else f"run.grace_seconds ({self._grace:g} s) are over"
-        print(f"cnsdiff: {why}: left at once; committed checkpoints are kept", file=sys.stderr)
+        line = f"{why}: left at once; committed checkpoints are kept"
+        if logs.as_json():
+            logs.write(line, "error", sys.stderr)
+        else:
+            print(f"cnsdiff: {line}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(TryAgain.exit_code)
 

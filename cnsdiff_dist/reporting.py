@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl, TensorBoard, a progress bar or plain lines. Rank 0 only."""
+"""What a run says: metrics.jsonl, TensorBoard, Prometheus, a bar or lines. Rank 0 only."""
 
 import json
 import shutil
@@ -19,21 +19,28 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from cnsdiff_dist import storage
+from cnsdiff_dist import logs, storage
+from cnsdiff_dist.exporter import Exporter
+from cnsdiff_dist.parallel.commits import Commit
 
 
 class Screen:
-    """A bar on a terminal, plain lines elsewhere; ``columns`` follow the bar and its count."""
+    """A bar on a terminal, lines elsewhere; ``columns`` follow the bar and its count."""
 
     def __init__(self, *columns: ProgressColumn) -> None:
         self._console = Console()
+        self._has_bar = self._console.is_terminal and not logs.as_json()
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns,
-            console=self._console, disable=not self._console.is_terminal,
+            console=self._console, disable=not self._has_bar,
         )  # fmt: skip
 
-    def say(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+    def say(self, line: str, level: str = "info", fields: dict[str, Any] | None = None) -> None:
+        """``level`` and ``fields`` are for lines of JSON alone (:mod:`cnsdiff_dist.logs`)."""
+        if logs.as_json():
+            logs.write(line, level, **(fields or {}))
+        else:
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -56,9 +63,12 @@ class Reporter(Screen):
         step: the global step the run resumes from; later lines are dropped, they will
             be written again.
         total_steps: steps of the whole training.
+        exporter: is told all that is said here.
     """
 
-    def __init__(self, run_url: str, step: int, total_steps: int) -> None:
+    def __init__(
+        self, run_url: str, step: int, total_steps: int, exporter: Exporter | None = None
+    ) -> None:
         self._url, self._remote = run_url, not storage.is_local(run_url)
         self._dir = Path(tempfile.mkdtemp()) if self._remote else storage.local_path(run_url)
         self._keep_until(step)
@@ -70,6 +80,8 @@ class Reporter(Screen):
         )
         self._task = self._bar.add_task("train", total=total_steps, completed=step, note="")
         self._total, self._started, self._first_step = total_steps, time.monotonic(), step
+        self._exporter = exporter or Exporter()
+        self._exporter.at(step, total_steps)
 
     def _keep_until(self, step: int) -> None:
         name = f"{self._url}/metrics.jsonl"
@@ -81,33 +93,51 @@ class Reporter(Screen):
 
     def advance(self) -> None:
         self._bar.advance(self._task)
+        self._exporter.advance()
 
-    def log(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, the same values in TensorBoard and on the screen."""
-        self._write(step, epoch, "train", values)
+    def log(
+        self, step: int, epoch: int, values: dict[str, float], commit: Commit | None = None
+    ) -> None:
+        """One line of metrics.jsonl, the same values in TensorBoard and on the screen; ``commit``
+        is the newest checkpoint, if there is one."""
+        self._write(step, epoch, "train", values, total_steps=self._total)
+        self._exporter.log(epoch, values)
+        if commit:
+            self.committed(commit)
         note = "every step left out: not finite"
         if "loss" in values:
             note = f"loss {values['loss']:.4f}  {values['samples_per_second']:,.0f} samples/s"
         self._bar.update(self._task, note=note)
-        if not self._console.is_terminal:
+        if not self._has_bar:
             pace = (time.monotonic() - self._started) / max(step - self._first_step, 1)
             minutes, seconds = divmod(int(pace * (self._total - step)), 60)
             self.say(
                 f"epoch {epoch}  step {step}/{self._total}  {note}  "
-                f"at most {minutes}:{seconds:02d} left"
+                f"at most {minutes}:{seconds:02d} left",
+                fields={**_where(step, epoch, "train"), "total_steps": self._total, **values},
             )
+
+    def committed(self, commit: Commit) -> None:
+        self._exporter.committed(commit)
 
     def evaluation(self, step: int, epoch: int, result: dict[str, Any], best: bool) -> None:
         split, metrics = result["split"], result["metrics"]
         self._write(step, epoch, split, metrics)
+        self._exporter.evaluation(split, metrics)
         shown = "  ".join(
             f"{key} {metrics[key]:.4f}" for key in metrics if key.startswith(("recall", "ndcg"))
         )
         shown += f"  alpha {metrics['alpha']:g}"
-        self.say(f"epoch {epoch}  step {step}  {split}: {shown}{'  (best)' if best else ''}")
+        self.say(
+            f"epoch {epoch}  step {step}  {split}: {shown}{'  (best)' if best else ''}",
+            fields={**_where(step, epoch, split), "best": best, **metrics},
+        )
 
-    def _write(self, step: int, epoch: int, kind: str, values: dict[str, float]) -> None:
-        record = {"step": step, "epoch": epoch, "kind": kind, "time": time.time(), **values}
+    def _write(
+        self, step: int, epoch: int, kind: str, values: dict[str, float], **more: int
+    ) -> None:
+        """``more`` is no curve, and not for TensorBoard."""
+        record = {**_where(step, epoch, kind), "time": time.time(), **more, **values}
         with storage.explained(self._url, "write"):
             self._metrics.write(json.dumps(record) + "\n")
             self._metrics.flush()
@@ -134,6 +164,10 @@ class Reporter(Screen):
         self._board.close()
         if self._remote:
             shutil.rmtree(self._dir, ignore_errors=True)
+
+
+def _where(step: int, epoch: int, kind: str) -> dict[str, Any]:
+    return {"step": step, "epoch": epoch, "kind": kind}
 
 
 def _step_of(line: str) -> float:

@@ -10,23 +10,26 @@ import json
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.config import Config, dump_config, parse_config, read_yaml
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.errors import UserError
-from cnsdiff_dist.world import World
+
+if TYPE_CHECKING:
+    from cnsdiff_dist.world import World  # with torch, which `cnsdiff status` does not wait for
 
 _CONFIG, _DATASET, _ENVIRONMENT = "config.yaml", "dataset.json", "environment.json"
 # A run may be continued under another value of these: they do not change what is learned, but for
 # the order of sums, or, like the number of epochs, only how long.
 _MAY_CHANGE = {
     "data.url", "data.prefetch_blocks", "data.workers", "run.dir", "run.timeout_seconds",
-    "run.retry_seconds", "run.grace_seconds", "tables.sharding", "tables.placement",
-    "generator.zero_stage", "train.epochs", "train.max_steps", "train.patience", "train.log_every",
-    "train.non_finite", "train.max_growth", "checkpoint.every_steps", "checkpoint.keep",
-    "checkpoint.background", "evaluation.users_per_chunk",
+    "run.retry_seconds", "run.grace_seconds", "run.metrics_port", "tables.sharding",
+    "tables.placement", "generator.zero_stage", "train.epochs", "train.max_steps",
+    "train.patience", "train.log_every", "train.non_finite", "train.max_growth",
+    "checkpoint.every_steps", "checkpoint.keep", "checkpoint.background",
+    "evaluation.users_per_chunk",
 }  # fmt: skip
 
 
@@ -47,7 +50,7 @@ def check_run(config: Config, manifest: Manifest) -> None:
         )
 
 
-def open_run(config: Config, manifest: Manifest, world: World) -> None:
+def open_run(config: Config, manifest: Manifest, world: "World") -> None:
     """Write what identifies the run; the config last, since it makes the directory a run.
 
     Raises:
@@ -77,6 +80,24 @@ def read_config(url: str) -> Config:
     if not isinstance(tree, dict):
         raise UserError(f"{storage.display(path)}: damaged; choose another run.dir")
     return parse_config(tree, storage.display(path))
+
+
+def read_metrics(url: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a torn last one is left out.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = f"{url}/metrics.jsonl"
+    found = []
+    for line in storage.read_text(path).splitlines() if storage.exists(path) else []:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and "kind" in record:
+            found.append(record)
+    return found
 
 
 def check_dataset(url: str, manifest: Manifest) -> None:
@@ -114,16 +135,21 @@ def _flat(config: Config) -> dict[str, Any]:
     return {f"{name}.{key}": tree[name][key] for name in tree for key in tree[name]}
 
 
-def _environment(world: World) -> dict[str, Any]:
+def versions() -> dict[str, str]:
+    """Of this package and those that a result depends on, as installed."""
     names = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "pyarrow", "fsspec")
-    versions = {}
+    found = {}
     for name in ("cnsdiff_dist", *names):
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def _environment(world: "World") -> dict[str, Any]:
     return {
-        "packages": versions,
+        "packages": versions(),
         "python": platform.python_version(),
         "git_revision": git_revision(),
         "world_size": world.size,

@@ -25,7 +25,8 @@ from cnsdiff_dist.data.graph import GraphArrays, open_graph
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.evaluator import Evaluator
-from cnsdiff_dist.parallel.checkpoint import Checkpoints, Commit, Progress, record_damage
+from cnsdiff_dist.parallel.checkpoint import Checkpoints
+from cnsdiff_dist.parallel.commits import Commit, Progress, record_damage
 from cnsdiff_dist.recommender import Recommender
 from cnsdiff_dist.rundir import check_dataset, read_config
 from cnsdiff_dist.world import World, join_world

@@ -6,13 +6,13 @@ Shapes: B rows of this rank, M candidates a row, D embedding dim.
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cnsdiff_dist import losses, storage
+from cnsdiff_dist import logs, losses, storage
 from cnsdiff_dist.adjustment import log_p_train
 from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.graph import GraphArrays
@@ -23,7 +23,8 @@ from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.errors import TryAgain, UserError
 from cnsdiff_dist.evaluator import Evaluator
 from cnsdiff_dist.loader import Loader, Ready
-from cnsdiff_dist.parallel.checkpoint import Checkpoints, Commit, Costs, Progress
+from cnsdiff_dist.parallel.checkpoint import Checkpoints, Costs
+from cnsdiff_dist.parallel.commits import Commit, Progress
 from cnsdiff_dist.parallel.dcp_io import local_tensors
 from cnsdiff_dist.parallel.dense import DenseEngine
 from cnsdiff_dist.recommender import Recommender
@@ -129,9 +130,10 @@ class Trainer:
         """
         while not self.finished:
             epoch, first = divmod(self.progress.step, self._plan.steps)
-            for ready in self.loader.steps(epoch, first):
+            for ready in self._meter.waited_for(self.loader.steps(epoch, first)):
                 self._meter.add(self.step(ready))
                 self.progress.step += 1
+                logs.context.step = self.progress.step
                 if reporter:
                     reporter.advance()
                 self._after_step(epoch, ready.batch.step, reporter)
@@ -281,7 +283,7 @@ class Trainer:
                 "checkpoint_bytes": costs.bytes,
             }  # fmt: skip
         if reporter:
-            reporter.log(step, epoch, values)
+            reporter.log(step, epoch, values, self.checkpoints.newest)
 
     def _is_evaluation(self, done: int) -> bool:
         """Whether ``done`` steps of an epoch end one of its evaluation periods."""
@@ -358,7 +360,17 @@ class _Meter:
         self._world = world
         self._sums: dict[str, Tensor] = {}
         self._steps, self._seconds, self._since = 0, 0.0, time.monotonic()
-        self._began, self._useful = self._since, 0.0
+        self._began, self._useful, self._waited = self._since, 0.0, 0.0
+
+    def waited_for(self, steps: Iterator[Ready]) -> Iterator[Ready]:
+        """The same steps; the time until each is there counts as ``data_wait_seconds``."""
+        while True:
+            began = time.monotonic()
+            ready = next(steps, None)
+            self._waited += time.monotonic() - began
+            if ready is None:
+                return
+            yield ready
 
     def add(self, observed: dict[str, Tensor]) -> None:
         for name, value in observed.items():
@@ -374,15 +386,19 @@ class _Meter:
 
     def read(self, step: int) -> dict[str, float]:
         """The means, samples per second of all ranks together, the most memory that a rank ever
-        held, in GiB, and goodput: the share of this process's time that went into steps which
-        count, not into evaluations, checkpoints and steps left out. Collective.
+        held, in GiB, how long this rank waited for its rows, and goodput: the share of this
+        process's time that went into steps which count, not into evaluations, checkpoints and
+        steps left out. Collective.
 
         Raises:
             UserError: the loss is not a finite number.
         """
         self.pause()
         self._useful += self._seconds if self._sums else 0.0
-        values = {"goodput": self._useful / (time.monotonic() - self._began)}
+        values = {
+            "goodput": self._useful / (time.monotonic() - self._began),
+            "data_wait_seconds": self._waited,
+        }
         if self._sums:
             totals = self._world.sum(torch.stack(list(self._sums.values()))).tolist()
             means = dict(zip(self._sums, totals, strict=True))
@@ -390,6 +406,6 @@ class _Meter:
             values |= {name: value / self._steps for name, value in means.items()}
             if not math.isfinite(values["loss"]):
                 raise _diverged(f"the loss is {values['loss']}", step)
-        self._sums, self._steps, self._seconds = {}, 0, 0.0
+        self._sums, self._steps, self._seconds, self._waited = {}, 0, 0.0, 0.0
         self.go_on()
         return {**values, "memory_gib": self._world.peak_memory()}

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cnsdiff_dist.parallel.checkpoint import _digest
+from cnsdiff_dist.parallel.commits import digest_of
 
 
 def seal(checkpoint: Path, record: dict[str, Any] | None = None) -> None:
@@ -19,4 +19,4 @@ def seal(checkpoint: Path, record: dict[str, Any] | None = None) -> None:
         for path in checkpoint.iterdir()
         if path.name != "commit.json"
     }  # fmt: skip
-    (checkpoint / "commit.json").write_text(json.dumps({**record, "digest": _digest(record)}))
+    (checkpoint / "commit.json").write_text(json.dumps({**record, "digest": digest_of(record)}))

@@ -46,7 +46,8 @@ from cnsdiff_dist.data import readers
 from cnsdiff_dist.data.dataset import load_manifest
 from cnsdiff_dist.data.graph import open_graph
 from cnsdiff_dist.errors import UserError
-from cnsdiff_dist.parallel.checkpoint import Checkpoints, _digest
+from cnsdiff_dist.parallel.checkpoint import Checkpoints
+from cnsdiff_dist.parallel.commits import digest_of
 from cnsdiff_dist.reporting import Reporter
 from cnsdiff_dist.rundir import check_dataset
 from cnsdiff_dist.trained import open_trained
@@ -982,7 +983,7 @@ def test_a_commit_cannot_list_files_outside(attacked: Victim, name: str) -> None
     record = json.loads(path.read_text())
     record.pop("digest")
     record["files"][name] = {"bytes": 7, "sha256": "0" * 64}
-    path.write_text(json.dumps({**record, "digest": _digest(record)}))
+    path.write_text(json.dumps({**record, "digest": digest_of(record)}))
     assert attacked.open() == REFUSED
     assert attacked.resume() == REFUSED
     assert outside.read_bytes() == b"hunter2"

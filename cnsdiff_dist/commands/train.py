@@ -5,12 +5,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cnsdiff_dist import storage
+from cnsdiff_dist import logs, storage
 from cnsdiff_dist.config import Config, describe_config, load_config
 from cnsdiff_dist.errors import UserError
 
 if TYPE_CHECKING:
     from cnsdiff_dist.data.schema import Manifest
+    from cnsdiff_dist.exporter import Exporter
     from cnsdiff_dist.peers import Peers
     from cnsdiff_dist.preemption import Preemption
     from cnsdiff_dist.world import World
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.config}: data.url is not set; add data.url=DATASET")
     for url in (config.data.url, config.run.dir):
         storage.refuse_secrets(url)
+    if logs.as_json():
+        logs.take_over()
     train(config, preemptible=True)
 
 
@@ -72,6 +75,7 @@ def train(config: Config, preemptible: bool = False) -> None:
     from cnsdiff_dist.rundir import check_run
     from cnsdiff_dist.world import join_world
 
+    logs.context.run = storage.display(config.run.dir)
     manifest = load_manifest(config.data.url)
     check_run(config, manifest)
     world = join_world(config.run.timeout_seconds)
@@ -82,13 +86,15 @@ def train(config: Config, preemptible: bool = False) -> None:
         # Around the naming of lost peers: torchrun, which sees one die, sends the others SIGTERM.
         Preemption(config.run.grace_seconds) as preemption,
         peers.named(),
+        # Before the run is claimed: a second training on this host ends here, and harms no first.
+        _exporter(config, manifest, world) as exporter,
     ):
-        _train(config, manifest, world, peers, preemption, preemptible)
+        _train(config, manifest, world, peers, preemption, preemptible, exporter)
 
 
 def _train(
     config: Config, manifest: "Manifest", world: "World", peers: "Peers",
-    preemption: "Preemption", preemptible: bool,
+    preemption: "Preemption", preemptible: bool, exporter: "Exporter",
 ) -> None:  # fmt: skip
     from cnsdiff_dist.data.graph import open_graph
     from cnsdiff_dist.reporting import Reporter
@@ -106,15 +112,18 @@ def _train(
         return preemption.asked.is_set()
 
     start, total = trainer.progress.step, trainer.total_steps
-    reporting = Reporter(config.run.dir, start, total) if world.is_main else nullcontext()
+    logs.context.step = start
+    where = config.run.dir
+    reporting = Reporter(where, start, total, exporter) if world.is_main else nullcontext()
     if preemptible:
         preemption.watch()
     with reporting as reporter:
         if reporter:
             reporter.say(_headline(config, manifest.name, world.size, world.device.type))
             for line in damaged:
-                reporter.say(line)
+                reporter.say(line, "warning")
             if commit:
+                reporter.committed(commit)
                 reporter.say(f"resumed from {storage.display(commit.url)}")
         trainer.fit(reporter, preempted)
         memory = world.peak_memory()
@@ -126,6 +135,20 @@ def _train(
                 f"{best.best:.4f} at step {best.best_step}; at most {memory:.2f} GiB a rank; "
                 f"run in {storage.display(config.run.dir)}"
             )
+
+
+def _exporter(config: Config, manifest: "Manifest", world: "World") -> "Exporter":
+    from cnsdiff_dist.exporter import Exporter
+    from cnsdiff_dist.rundir import versions
+
+    return Exporter(
+        config.run.metrics_port if world.is_main else 0,
+        run=storage.display(config.run.dir),
+        dataset=manifest.name,
+        negatives=config.negatives.kind,
+        world_size=str(world.size),
+        version=versions().get("cnsdiff_dist", ""),
+    )
 
 
 def _headline(config: Config, dataset: str, ranks: int, device: str) -> str:

@@ -16,13 +16,13 @@ from cnsdiff_dist.comparison.results import (
     significance,
     step_ms,
 )
-from cnsdiff_dist.comparison.running import read_metrics, read_trade_off
+from cnsdiff_dist.comparison.running import read_trade_off
 from cnsdiff_dist.comparison.suite import Suite
 from cnsdiff_dist.comparison.tables import Stars, Table
-from cnsdiff_dist.rundir import read_config
+from cnsdiff_dist.rundir import read_config, read_metrics
 
 Curve = tuple[list[float], list[float]]
-_NOT_LOSSES = ("step", "epoch", "kind", "time", "samples_per_second", "memory_gib")
+_NOT_LOSSES = ("step", "epoch", "kind", "time", "samples_per_second", "memory_gib", "total_steps")
 
 
 def suite_page(suite: Suite, runs: list[Run], tables: list[Table], failures: dict[str, str]) -> str:

@@ -14,7 +14,7 @@ from cnsdiff_dist.comparison.suite import Job
 from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.dataset import load_manifest
 from cnsdiff_dist.errors import UserError
-from cnsdiff_dist.rundir import read_config
+from cnsdiff_dist.rundir import read_config, read_metrics
 
 RESULT = "result.json"
 TRADE_OFF = "trade_off.json"
@@ -112,18 +112,6 @@ def selection(url: str) -> dict[str, Any]:
         "value": best[config.select_metric],
         "step": best["step"],
     }
-
-
-def read_metrics(url: str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a torn last one is left out."""
-    path = f"{url}/metrics.jsonl"
-    found = []
-    for line in storage.read_text(path).splitlines() if storage.exists(path) else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 def _config_digest(url: str) -> str:

@@ -12,10 +12,8 @@ import errno
 import hashlib
 import json
 import logging
-import math
 import os
 import pickle
-import re
 import shutil
 import socket
 import time
@@ -25,22 +23,31 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import CheckpointException
 
 from cnsdiff_dist import storage
-from cnsdiff_dist.data.schema import Count
 from cnsdiff_dist.errors import UserError
-from cnsdiff_dist.parallel.dcp_io import METADATA, Files, Planner, Reader, Writer, local_tensors
+from cnsdiff_dist.parallel.commits import (
+    COMMIT,
+    DAMAGED,
+    NAME,
+    Commit,
+    committed_names,
+    digest_of,
+    files_of,
+    read_commit,
+    record_damage,
+    step_of,
+)
+from cnsdiff_dist.parallel.dcp_io import Files, Planner, Reader, Writer, local_tensors
 from cnsdiff_dist.world import World, is_lost_peer
 
-_COMMIT, _DAMAGED, _OWNER = "commit.json", "damaged.json", "owner.json"
-_NAME = re.compile(r"^step-([0-9]{8,15})\Z")
+_OWNER = "owner.json"
 _FAULTS = (OSError, ValueError, RuntimeError)
 # What a checkpoint that means harm makes torch, pickle and zipfile raise, besides what disks do.
 _HARM = (
@@ -48,66 +55,6 @@ _HARM = (
     EOFError, OverflowError, MemoryError, pickle.UnpicklingError, zipfile.BadZipFile,
     NotImplementedError,
 )  # fmt: skip
-
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-@dataclass
-class Progress:
-    """Where a training is: all that resuming needs besides the tensors.
-
-    ``skipped`` counts steps left out for not being finite, ``first_loss`` is the first mean that
-    was logged.
-    """
-
-    step: Count = 0
-    best: Finite = -math.inf
-    best_step: Count = 0
-    best_alpha: Finite = 0.0
-    evaluations_since_best: Count = 0
-    skipped: Count = 0
-    first_loss: Finite | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON has no infinity: before the first evaluation ``best`` is left to its default."""
-        return {key: value for key, value in asdict(self).items() if value != -math.inf}
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    bytes: Count
-    sha256: str
-
-
-class _Record(BaseModel):
-    """What a commit.json holds at least."""
-
-    model_config = ConfigDict(strict=True)
-
-    progress: Progress = Progress()
-    files: dict[Annotated[str, Field(pattern=r"^(\.metadata|__\d{1,9}_\d{1,9}\.distcp)$")], _File]
-    digest: str
-
-
-def _checked(record: dict[str, Any]) -> _Record:
-    # From JSON again: only there does pydantic's strictness let a dataclass be a mapping.
-    return _Record.model_validate_json(json.dumps(record))
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A committed checkpoint: its global step, its URL, and the JSON written with it."""
-
-    step: int
-    url: str
-    record: dict[str, Any]
-
-    @property
-    def progress(self) -> Progress:
-        """Of a commit whose :meth:`Checkpoints.damage` is None."""
-        return _checked(self.record).progress
 
 
 @dataclass
@@ -141,6 +88,7 @@ class Checkpoints:
         self._token: str | None = None
         self._writing: Future[tuple[float, int]] | None = None
         self.costs = Costs()
+        self.newest: Commit | None = None  # that this process, as rank 0, has committed
 
     # --- what is there --------------------------------------------------------------------
 
@@ -151,22 +99,12 @@ class Checkpoints:
     def _scan(self) -> list[dict[str, Any]]:
         if not self._world.is_main:
             return []
-        names = _committed(self._files())
+        names = committed_names(files_of(self._url))
         urls = [storage.join(self._url, name) for name in names]
         return [
-            {"step": _step(name), "url": url, "record": _read_commit(url)}
+            {"step": step_of(name), "url": url, "record": read_commit(url)}
             for name, url in zip(names, urls, strict=True)
         ]
-
-    def _files(self) -> list[str]:
-        """What lies here, relative; not through a link, which would lead out of the run."""
-        found = storage.list_files(self._url)
-        links = {
-            name
-            for name in {path.partition("/")[0] for path in found}
-            if storage.is_link(f"{self._url}/{name}")
-        }
-        return [path for path in found if path.partition("/")[0] not in links]
 
     def damage(self, commit: Commit) -> str | None:
         """What is wrong with a checkpoint's files, in words; None if they are what was committed.
@@ -190,8 +128,8 @@ class Checkpoints:
     def set_aside(self, commit: Commit, why: str) -> None:
         """Take a damaged checkpoint's commit back; the next prune removes the rest of it."""
         if self._world.is_main:
-            storage.write_json(f"{commit.url}/{_DAMAGED}", {"damage": why})
-            storage.delete_tree(f"{commit.url}/{_COMMIT}")
+            storage.write_json(f"{commit.url}/{DAMAGED}", {"damage": why})
+            storage.delete_tree(f"{commit.url}/{COMMIT}")
         self._world.barrier()
 
     # --- writing ----------------------------------------------------------------------------
@@ -252,7 +190,7 @@ class Checkpoints:
         everyones: Files = {}
         for ranks in self._behind.gather_objects(files):
             everyones |= ranks
-        self._agreed(lambda: self._commit(job, everyones))
+        self._agreed(lambda: self._commit(job, everyones, started))
         return time.monotonic() - started, sum(int(entry["bytes"]) for entry in files.values())
 
     def _write_files(self, job: _Job) -> Files:
@@ -273,10 +211,13 @@ class Checkpoints:
                 storage.patience.retries += 1
                 time.sleep(1.0)
 
-    def _commit(self, job: _Job, files: Files) -> None:
+    def _commit(self, job: _Job, files: Files, started: float) -> None:
         self._refuse_other_owner()
-        record = {**job.record, "files": files}
-        storage.write_json(f"{job.url}/{_COMMIT}", {**record, "digest": _digest(record)})
+        cost = {"time": time.time(), "write_seconds": time.monotonic() - started}
+        record = {**job.record, **cost, "files": files}
+        record["digest"] = digest_of(record)
+        storage.write_json(f"{job.url}/{COMMIT}", record)
+        self.newest = Commit(job.step, job.url, record)
         self.prune(job.keep, job.best)
 
     def _refuse_other_owner(self) -> None:
@@ -301,48 +242,13 @@ class Checkpoints:
 
     def prune(self, keep: int, best_step: int | None) -> None:
         """Delete all but the newest ``keep`` and the best, and what was never committed."""
-        files = self._files()
-        kept = set(_committed(files)[::-1][:keep])
+        files = files_of(self._url)
+        kept = set(committed_names(files)[::-1][:keep])
         for name in {path.partition("/")[0] for path in files} - kept:
-            if _NAME.match(name) and _step(name) != best_step:
+            if NAME.match(name) and step_of(name) != best_step:
                 # The marker first: a half-deleted checkpoint must not look committed.
-                storage.delete_tree(f"{self._url}/{name}/{_COMMIT}")
+                storage.delete_tree(f"{self._url}/{name}/{COMMIT}")
                 storage.delete_tree(f"{self._url}/{name}")
-
-
-def _committed(files: list[str]) -> list[str]:
-    """The names of committed checkpoints among files relative to checkpoints/, oldest first."""
-    names = [name for name, _, file in (path.partition("/") for path in files) if file == _COMMIT]
-    return sorted(filter(_NAME.match, names), key=_step)
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("step-"))
-
-
-def _read_commit(url: str) -> dict[str, Any]:
-    """The JSON of a commit, or nothing where it is damaged: :func:`record_damage` says so."""
-    try:
-        record = json.loads(storage.read_bytes(f"{url}/{_COMMIT}"))
-    except (ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def record_damage(commit: Commit) -> str | None:
-    record = {key: value for key, value in commit.record.items() if key != "digest"}
-    if not record or _digest(record) != commit.record.get("digest"):
-        return f"{_COMMIT} is not what was written"
-    try:
-        files = _checked(commit.record).files
-    except ValidationError as error:
-        first = error.errors()[0]
-        return f"{_COMMIT}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return None if METADATA in files else f"{_COMMIT} lists no {METADATA}"
 
 
 def _file_damage(commit: Commit, name: str) -> str | None:

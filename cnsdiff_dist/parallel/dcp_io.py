@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.storage import WriteResult
 
 from cnsdiff_dist import storage
+from cnsdiff_dist.parallel.commits import METADATA
 
-METADATA = ".metadata"
 Files = dict[str, dict[str, int | str]]
 """File name -> its ``bytes`` and ``sha256``."""
 
