@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 from cnsdiff_dist import logs
 
@@ -33,11 +34,12 @@ class TryAgain(UserError):
     exit_code = 75
 
 
-def complain(line: str) -> None:
-    """Show what went wrong, as one line that names the rank if there are several."""
+def complain(line: str, **fields: Any) -> None:
+    """Show what went wrong, as one line that names the rank if there are several; ``fields`` are
+    for the JSON form."""
     line = " ".join(line.split())
     if logs.as_json():
-        logs.write(line, "error", sys.stderr)
+        logs.write(line, "error", sys.stderr, **fields)
         return
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     where = f" [rank {rank}]" if int(size) > 1 else ""

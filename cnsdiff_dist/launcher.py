@@ -53,7 +53,7 @@ def main(words: list[str] | None = None) -> int:
             _set_interfaces(_first_node(args.rdzv_endpoint, config.rdzv_configs))
         _run(args)
     except UserError as error:
-        complain(str(error))
+        complain(str(error), rank=None)
         return error.exit_code
     return 0
 
@@ -124,7 +124,7 @@ def _watch_the_agent(health: "_Health") -> None:
                 self._remaining_restarts = 0
             if codes and self._remaining_restarts:
                 left = self._remaining_restarts - 1
-                complain(f"{_ended(codes)}: started again ({left} restarts are left)")
+                complain(f"{_ended(codes)}: started again ({left} restarts are left)", rank=None)
             running = result.state == api.WorkerState.HEALTHY
             # Its ranks may have ended before they met ours, which would wait for them.
             if running and worker_group.spec.rdzv_handler.is_closed():

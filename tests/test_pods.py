@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -50,6 +52,13 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def seen_from_the_second_host(self, address: str) -> str:
+        """What a GET of it answers; empty while nothing does."""
+        read = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=5).read())"
+        command = [*self.hosts.inside(1), sys.executable, "-c", read, f"http://{address}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout
 
     def start(self, index: int) -> Pod:
         self._pods += 1
@@ -125,6 +134,10 @@ def test_a_preempted_pod_is_made_again_and_nothing_is_lost(
     with Cluster(tmp_path, volume, rendered(epochs=8, patience=1000)) as cluster:
         first, second = cluster.start(0), cluster.start(1)
         until(lambda: any(volume.glob("run/checkpoints/*/commit.json")), first.process)
+        address = f"{cluster.name}-0.cnsdiff"
+        metrics = cluster.seen_from_the_second_host(f"{address}:9464/metrics")
+        assert "cnsdiff_steps_total" in metrics
+        assert cluster.seen_from_the_second_host(f"{address}:8080/ready")
         second.sigterm()
         code, said = second.ended()
         assert code == 75 and action(cluster.spec, code) == "Ignore", said
