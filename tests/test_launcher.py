@@ -240,6 +240,7 @@ def _node(hosts: TwoHosts, index: int, *words: str, **environment: str) -> Any:
 
 
 @two_hosts
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_hosts_train_what_one_box_trains(dataset: str, tmp_path: Path, hosts: TwoHosts) -> None:
     one = _config(dataset, tmp_path, "one")
@@ -257,6 +258,7 @@ def test_two_hosts_train_what_one_box_trains(dataset: str, tmp_path: Path, hosts
 
 
 @two_hosts
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_preempted_host_is_waited_for(dataset: str, tmp_path: Path, hosts: TwoHosts) -> None:
     calm = _config(dataset, tmp_path, "calm", epochs=8, patience=1000)
@@ -279,6 +281,7 @@ def test_a_preempted_host_is_waited_for(dataset: str, tmp_path: Path, hosts: Two
 
 
 @two_hosts
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_bad_input_of_one_host_ends_the_other(
     dataset: str, tmp_path: Path, hosts: TwoHosts
