@@ -15,7 +15,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,9 @@ def main(words: list[str] | None = None) -> int:
     except UserError as error:
         complain(str(error), rank=None)
         return error.exit_code
+    except KeyboardInterrupt:
+        complain("interrupted; what was committed is kept", rank=None)
+        return 130
     return 0
 
 
@@ -63,6 +66,7 @@ def _run(args: Any) -> None:
     Raises:
         UserError: a rank, another node or a signal ended the training; its exit code is ours.
     """
+    from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -74,15 +78,14 @@ def _run(args: Any) -> None:
     except ChildFailedError as error:
         raise _failure({rank: f.exitcode for rank, f in error.failures.items()}) from None
     except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
         raise TryAgain(f"{_name(-error.sigval)}: run again to go on") from None
     except RendezvousClosedError:
         raise TryAgain("another node has ended this training; its log says why") from None
-    except RendezvousError as error:
-        raise TryAgain(f"the nodes do not find each other ({_kind(error)}); run again") from None
-
-
-def _kind(error: Exception) -> str:
-    return type(error).__name__.removeprefix("Rendezvous").removesuffix("Error").lower()
+    except (RendezvousError, DistError) as error:
+        why = type(error).__name__
+        raise TryAgain(f"the nodes do not find each other ({why}); run again") from None
 
 
 def _failure(codes: dict[int, int]) -> UserError:
@@ -226,36 +229,25 @@ def _cores(group: Path = Path("/sys/fs/cgroup")) -> int:
 def _set_interfaces(first: str) -> None:
     """Gloo and NCCL use the interface that leads to the first node, where no other is asked for:
     by themselves they take what the host's own name stands for, often the loopback."""
-    name = _interface_towards(first)
-    if name:
-        for library in ("GLOO", "NCCL", "TP"):
+    if name := _interface_towards(first):
+        for library in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", name)
 
 
 def _interface_towards(host: str) -> str | None:
     """The interface with the address that packets to ``host`` leave from (IPv4)."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing
-            mine = probe.getsockname()[0]
-            for _, name in socket.if_nameindex():
-                if mine in _addresses(probe, [name]):
-                    return name
-    except OSError:
-        return None
-    return None
-
-
-def _addresses(probe: socket.socket, names: Iterable[str]) -> list[str]:
-    found = []
-    for name in names:
-        request = struct.pack("256s", name.encode()[:15])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
-        except OSError:  # it has none
-            continue
-        found.append(socket.inet_ntoa(answer[20:24]))
-    return found
+            probe.connect((host, 9))  # sends nothing
+        except OSError:
+            return None
+        mine = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            with suppress(OSError):  # it has no address
+                if fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24] == mine:
+                    return name
+    return None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ usage: launch/nightly.sh CONFIG [KEY=VALUE..]
 The same command on each node. The first prepares a dataset of the night's logs; then all train a
 new run on it, evaluate it and export its embeddings. Run again, it goes on where it was stopped.
 
-  LOGS      the log, as for `cnsdiff prepare --log`: files or a pattern, any fsspec URL
+  LOGS      the log, as for `cnsdiff prepare --log`: files or a pattern, any fsspec URL; what `date`
+            knows is filled in, in UTC: s3://bucket/logs/%Y-%m-%d/*.parquet
   NIGHTLY   where to write: NIGHTLY/data/NIGHT, NIGHTLY/runs/NIGHT, NIGHTLY/embeddings/NIGHT
   NIGHT     this night's name, the same on all nodes        (JOB_NAME; else the date, in UTC)
   PREPARE   further options of `cnsdiff prepare`            (--shift temporal)
@@ -55,7 +56,7 @@ result=$NIGHTLY/runs/$night
 node=${PET_NODE_RANK:-${JOB_COMPLETION_INDEX:-${SLURM_NODEID:-0}}}
 port=${PET_MASTER_PORT:-29400}
 read -ra options <<<"${PREPARE:---shift temporal}"
-read -ra files <<<"$LOGS"
+read -ra files <<<"$(date -u +"$LOGS")"
 
 # The other nodes wait for the first one's rendezvous, and so for its dataset.
 if [ "$node" = 0 ]; then

@@ -39,13 +39,13 @@ def _config(dataset: str, folder: Path, run: str, **train: Any) -> str:
 
 @contextmanager
 def launched(
-    *words: str, prefix: list[str] | None = None, **environment: str
+    *words: str, script: str = SCRIPT, prefix: list[str] | None = None, **environment: str
 ) -> Iterator[subprocess.Popen[str]]:
-    """launch/torchrun.sh with these words; ``environment`` is torchrun's, as a cluster sets it."""
+    """launch/torchrun.sh, or another, with these words; ``environment`` is torchrun's, as a cluster sets it."""
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     process = subprocess.Popen(
-        [*(prefix or []), SCRIPT, *words], cwd=ROOT, text=True, start_new_session=True,
+        [*(prefix or []), script, *words], cwd=ROOT, text=True, start_new_session=True,
         env={**inherited, "PATH": path, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
@@ -132,6 +132,38 @@ def test_a_killed_rank_is_started_again_until_no_restart_is_left(
     assert code == 1
     assert "ended with SIGKILL" in said and "started again (0 restarts are left)" in said
     assert "no restart is left" in said and "Traceback" not in said
+
+
+@pytest.mark.distributed
+def test_ctrl_c_is_an_interruption(dataset: str, tmp_path: Path) -> None:
+    config = _config(dataset, tmp_path, "run", epochs=4000, patience=100_000)
+    with launched("train", config) as box:
+        _until_trained(tmp_path / "run", box)
+        os.killpg(box.pid, signal.SIGINT)  # as a terminal sends it, to all
+        code, said = _ended(box)
+    assert code == 130 and "Traceback" not in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_stopped_night_goes_on(tmp_path: Path) -> None:
+    rows = [f"u{n * 7 % 311},i{n * n % 97},{n}" for n in range(9_000)]
+    (tmp_path / "log.csv").write_text("\n".join(["user,item,timestamp", *rows]))
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {dim: 16}\ntrain: {batch: 512, patience: 100000}\n")
+    night = {
+        "script": str(ROOT / "launch" / "nightly.sh"), "LOGS": str(tmp_path / "log.csv"),
+        "NIGHTLY": str(tmp_path), "NIGHT": "one", "PREPARE": "--shift temporal --duplicates drop",
+    }  # fmt: skip
+    with launched(str(config), "train.epochs=4000", **night) as box:
+        until(lambda: any((tmp_path / "runs/one/checkpoints").glob("step-*/commit.json")), box)
+        box.send_signal(signal.SIGTERM)
+        code, said = _ended(box)
+    assert code == 75 and "preempted: checkpointed" in said, said
+    with launched(str(config), "train.epochs=1", **night) as box:
+        code, said = _ended(box)
+    assert code == 0 and "a dataset is here already" in said and "resumed from" in said, said
+    assert (tmp_path / "embeddings" / "one" / "_SUCCESS").exists()
 
 
 @pytest.mark.parametrize(
@@ -278,6 +310,26 @@ def test_a_preempted_host_is_waited_for(dataset: str, tmp_path: Path, hosts: Two
             assert "resumed from" in said and "started again" in said
             assert _ended(again)[0] == 0
     assert_same_training(tmp_path / "calm", tmp_path / "run")
+
+
+@two_hosts
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_without_the_first_host_the_other_ends_and_both_go_on(
+    dataset: str, tmp_path: Path, hosts: TwoHosts
+) -> None:
+    config = _config(dataset, tmp_path, "run", epochs=3000, patience=100_000)
+    with _node(hosts, 1, "train", config) as second:
+        with _node(hosts, 0, "train", config) as first:
+            _until_trained(tmp_path / "run", first)
+            os.killpg(first.pid, signal.SIGKILL)
+        code, said = _ended(second)
+        assert code == 75 and "Traceback" not in said, said
+    config = _config(dataset, tmp_path, "run", epochs=1, patience=100_000)
+    with _node(hosts, 1, "train", config) as second, _node(hosts, 0, "train", config) as first:
+        code, said = _ended(first)
+        assert code == 0 and "resumed from" in said, said
+        assert _ended(second)[0] == 0
 
 
 @two_hosts

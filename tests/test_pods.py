@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +169,11 @@ def test_a_night_from_logs_to_embeddings(
     tmp_path: Path, volume: Path, rendered: Callable[..., Any]
 ) -> None:
     rows = [f"u{n * 7 % 311},i{n * n % 97},{n}" for n in range(9_000)]
-    (volume / "log.csv").write_text("\n".join(["user,item,timestamp", *rows]))
+    (volume / f"log-{datetime.now(UTC):%Y}.csv").write_text(
+        "\n".join(["user,item,timestamp", *rows])
+    )
     words = {
-        "LOGS": f"{_CLAIM}/log.csv", "NIGHTLY": f"{_CLAIM}/nightly",
+        "LOGS": f"{_CLAIM}/log-%Y.csv", "NIGHTLY": f"{_CLAIM}/nightly",
         "PREPARE": "--shift temporal --duplicates drop",
     }  # fmt: skip
     env = [word for name, value in words.items() for word in ("--env", f"{name}={value}")]
