@@ -1,29 +1,96 @@
-# docker build -t cnsdiff .                          the CUDA build, for GPU nodes
+# docker build -t cnsdiff .                          for GPU nodes (CUDA 13)
 # docker build -t cnsdiff --build-arg LOCK=cpu .     for CPU nodes; see docs/dependencies.md
-# docker run cnsdiff train configs/demo.yaml         one process; for several, --entrypoint torchrun
-FROM python:3.11-slim
+# docker run --read-only --tmpfs /tmp --tmpfs /cache --shm-size 1g \
+#     -v "$PWD/data:/app/data" -v "$PWD/runs:/app/runs" cnsdiff launch/torchrun.sh train configs/demo.yaml
+# launch/image.sh builds the image without docker, and checks it.
 
-ARG LOCK=cuda
-# The host of PyTorch's CPU wheels, or a mirror, goes in PIP_EXTRA_INDEX_URL.
-ARG PIP_EXTRA_INDEX_URL
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off \
-    PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# All stages have the same Python at the same path, or the environment would not fit.
+ARG BASE=debian:bookworm-slim
 
-WORKDIR /app
+FROM ${BASE} AS python
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+# Debian's mirrors keep only the newest version of a package: a pin would soon not build.
+# With SOURCE_DATE_EPOCH, whatever its value, Python finds bytecode valid by the hash of its source:
+# a build that sets all times to one keeps it. Logs and caches differ from build to build.
+# hadolint ignore=DL3008
+RUN export DEBIAN_FRONTEND=noninteractive SOURCE_DATE_EPOCH=315532800 \
+    && apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates python3 tini \
+    && find / -xdev -type f -perm /6000 -exec chmod ug-s {} + \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old \
+        /var/cache/ldconfig/* /var/log/* /tmp/*
 
-# The libraries are a layer of their own: changing the code does not download them again.
-COPY requirements/ requirements/
-RUN pip install "$(grep '^torch==' "requirements/${LOCK}.txt")" \
-    && pip install -r "requirements/${LOCK}.txt" \
-    && if [ "${LOCK}" = cpu ]; then pip install --no-deps -r requirements/cpu-nodeps.txt; fi
 
+# Wheels that no index has: docker build --build-context wheels=FOLDER
+FROM scratch AS wheels
+
+
+FROM python AS libraries
+ARG LOCK=cuda
+# An index beside pip's default, for example the one with the CPU builds of torch.
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS=/wheels
+# As a variable, the constraint also holds for what a source package is built with.
+ENV PIP_CONSTRAINT=/requirements/${LOCK}.txt PIP_PYTHON=/opt/cnsdiff/bin/python PIP_USE_PEP517=1 \
+    PIP_NO_CACHE_DIR=1 PIP_NO_COMPILE=1 PIP_PROGRESS_BAR=off PIP_ROOT_USER_ACTION=ignore \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 SOURCE_DATE_EPOCH=315532800 PYTHONHASHSEED=0
+# hadolint ignore=DL3008,DL3009
+RUN apt-get update && apt-get install -y --no-install-recommends python3-pip \
+    && python3 -m venv --without-pip /opt/cnsdiff
+COPY requirements/ /requirements/
+# The secret is the certificates of a network that has its own.
+RUN --mount=type=bind,from=wheels,target=/wheels --mount=type=secret,id=ca \
+    if [ -e /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi \
+    && pip install "$(grep '^torch==' "/requirements/${LOCK}.txt")" \
+    && pip install -r "/requirements/${LOCK}.txt" \
+    && if [ "${LOCK}" = cpu ]; then pip install --no-deps -r /requirements/cpu-nodeps.txt; fi
+# Only builds and tests need these; of torch's programs one is run, the manager of shared memory.
+# Bytecode is an eighth of the image, and without it every start would take three times as long.
+WORKDIR /opt/cnsdiff/lib/python3.11/site-packages
+RUN rm -rf torch/include torch/share/cmake torch/test pyarrow/include \
+    && find torch/bin -mindepth 1 ! -name torch_shm_manager -delete \
+    && find matplotlib numpy pyarrow sympy -name tests -prune -exec rm -r {} + \
+    && python3 -m compileall -q -x py312_ --invalidation-mode unchecked-hash .
+
+
+FROM libraries AS package
+WORKDIR /source
 COPY pyproject.toml ./
 COPY cnsdiff_dist/ cnsdiff_dist/
-COPY configs/ configs/
-RUN pip install --no-deps --no-build-isolation . && rm -rf build ./*.egg-info \
-    && useradd --create-home --uid 1000 cnsdiff && mkdir -p data runs && chown cnsdiff data runs
+RUN pip install --no-deps --no-build-isolation --root /package . \
+    && python3 -m compileall -q --invalidation-mode unchecked-hash /package
 
-USER 1000
-ENTRYPOINT ["cnsdiff"]
-CMD ["--help"]
+
+FROM python
+RUN echo 'cnsdiff:x:1000:1000::/tmp:/usr/sbin/nologin' >> /etc/passwd \
+    && echo 'cnsdiff:x:1000:' >> /etc/group \
+    && install -d -o 1000 -g 1000 /cache /app/data /app/runs
+COPY --from=libraries /opt/cnsdiff /opt/cnsdiff
+COPY --from=package /package/opt/cnsdiff /opt/cnsdiff
+WORKDIR /app
+COPY configs/ configs/
+COPY launch/ launch/
+
+# The root file system may be read-only; nvidia-smi (utility) is how the launcher counts GPUs.
+ENV PATH=/opt/cnsdiff/bin:$PATH HOME=/tmp CNSDIFF_CACHE=/cache PYTHONUNBUFFERED=1 \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 1000:1000
+STOPSIGNAL SIGTERM
+# http.client, since urllib would ask a proxy that the environment names.
+HEALTHCHECK --interval=30s --timeout=5s --start-period=120s CMD ["/usr/bin/python3", "-IS", "-c", \
+    "import http.client, os\nport = os.environ.get('CNSDIFF_HEALTH_PORT')\nif port:\n    probe = http.client.HTTPConnection('127.0.0.1', int(port), timeout=4)\n    probe.request('GET', '/healthz')\n    raise SystemExit(probe.getresponse().status != 200)"]
+ENTRYPOINT ["tini", "--"]
+CMD ["cnsdiff", "--help"]
+
+# Last, because they change with every commit.
+ARG CREATED=
+ARG REVISION=
+ARG SOURCE=
+ARG VERSION=
+LABEL org.opencontainers.image.title="cnsdiff_dist" \
+    org.opencontainers.image.description="Distributed training of recommender embeddings that hold up out of distribution" \
+    org.opencontainers.image.created="${CREATED}" \
+    org.opencontainers.image.revision="${REVISION}" \
+    org.opencontainers.image.source="${SOURCE}" \
+    org.opencontainers.image.version="${VERSION}"

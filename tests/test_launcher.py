@@ -41,7 +41,7 @@ def _config(dataset: str, folder: Path, run: str, **train: Any) -> str:
 def launched(
     *words: str, script: str = SCRIPT, prefix: list[str] | None = None, **environment: str
 ) -> Iterator[subprocess.Popen[str]]:
-    """launch/torchrun.sh, or another, with these words; ``environment`` is torchrun's, as a cluster sets it."""
+    """launch/torchrun.sh, or another; ``environment`` is torchrun's, as a cluster sets it."""
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     process = subprocess.Popen(
