@@ -58,6 +58,7 @@ FROM libraries AS package
 WORKDIR /source
 COPY pyproject.toml ./
 COPY cnsdiff_dist/ cnsdiff_dist/
+COPY launch/k8s/ launch/k8s/
 RUN pip install --no-deps --no-build-isolation --root /package . \
     && python3 -m compileall -q --invalidation-mode unchecked-hash /package
 
@@ -70,7 +71,7 @@ COPY --from=libraries /opt/cnsdiff /opt/cnsdiff
 COPY --from=package /package/opt/cnsdiff /opt/cnsdiff
 WORKDIR /app
 COPY configs/ configs/
-COPY launch/ launch/
+COPY launch/torchrun.sh launch/nightly.sh launch/slurm.sbatch launch/
 
 # The root file system may be read-only; nvidia-smi (utility) is how the launcher counts GPUs.
 ENV PATH=/opt/cnsdiff/bin:$PATH HOME=/tmp CNSDIFF_CACHE=/cache PYTHONUNBUFFERED=1 \

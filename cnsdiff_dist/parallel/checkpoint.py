@@ -200,7 +200,10 @@ class Checkpoints:
             writer = Writer(job.url)
             try:
                 with _one_line(job.url, "write"):
-                    dcp.save(job.state, storage_writer=writer, process_group=self._behind.group)
+                    dcp.save(
+                        job.state, storage_writer=writer, process_group=self._behind.group,
+                        no_dist=self._world.size == 1,
+                    )  # fmt: skip
                 return writer.files
             except UserError as error:
                 again = storage.is_transient(_root(error)) and time.monotonic() < deadline
