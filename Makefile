@@ -27,9 +27,8 @@ help:  ## this list
 
 demo: $(PACKAGE) data/demo/manifest.json  ## train and evaluate on a small synthetic dataset
 	@echo "== train on $(NPROC) process(es)"
-	OMP_NUM_THREADS=$$(( $(CORES) > $(NPROC) ? $(CORES) / $(NPROC) : 1 )) \
-	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) \
-	    -m cnsdiff_dist train configs/demo.yaml run.dir=runs/demo
+	PATH=$(CURDIR)/$(BIN):$$PATH PET_NPROC_PER_NODE=$(NPROC) \
+	    launch/torchrun.sh train configs/demo.yaml run.dir=runs/demo
 	echo "== evaluate out of distribution"
 	$(BIN)/cnsdiff evaluate runs/demo --split test_ood
 	echo "== the dataset is in data/demo, the run in runs/demo:"

@@ -50,7 +50,9 @@ def main(words: list[str] | None = None) -> int:
         _watch_the_agent(_Health.on(os.environ.get("CNSDIFF_HEALTH_PORT", "")))
         _set_threads(config.nproc_per_node)
         if args.rdzv_endpoint:
-            _set_interfaces(_first_node(args.rdzv_endpoint, config.rdzv_configs))
+            host, is_first = _first_node(args.rdzv_endpoint, config.rdzv_configs)
+            args.rdzv_conf = ",".join(filter(None, [args.rdzv_conf, f"is_host={is_first}"]))
+            _set_interfaces(host)
         _run(args)
     except UserError as error:
         complain(str(error), rank=None)
@@ -188,9 +190,9 @@ class _Health:
         return Handler
 
 
-def _first_node(endpoint: str, options: dict[str, Any]) -> str:
-    """The address of the node with the rendezvous, once it listens there: it may be late (its
-    container may prepare data first), and its name unknown until then.
+def _first_node(endpoint: str, options: dict[str, Any]) -> tuple[str, bool]:
+    """The node that holds the rendezvous, and whether it is this one. The others wait until it
+    listens: it may be late (its container may prepare data first), and unknown by name until then.
 
     Raises:
         TryAgain: it does not come within the rendezvous' join_timeout.
@@ -198,16 +200,28 @@ def _first_node(endpoint: str, options: dict[str, Any]) -> str:
     from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
     host, port = parse_rendezvous_endpoint(endpoint, default_port=29400)
-    if options.get("is_host", "false") == "true":
-        return host
+    is_first = options["is_host"] == "true" if "is_host" in options else _is_ours(host)
     deadline = time.monotonic() + int(options.get("join_timeout", 600))
-    while time.monotonic() < deadline:
+    while not is_first:
         try:
             socket.create_connection((host, port), timeout=5).close()
-            return host
+            break
         except OSError:
+            if time.monotonic() > deadline:
+                raise TryAgain(f"the first node does not listen at {endpoint}; run again") from None
             time.sleep(1)
-    raise TryAgain(f"the first node does not listen at {endpoint}; run again")
+    return host, is_first
+
+
+def _is_ours(host: str) -> bool:
+    """Whether it stands for an address of this machine; torchrun asks by name, which on many
+    machines means the loopback."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True
 
 
 def _set_threads(ranks: int) -> None:

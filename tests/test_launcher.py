@@ -191,6 +191,11 @@ def test_threads_respect_the_quota(text: str, cores: int | None, tmp_path: Path)
     assert launcher._cores(tmp_path) == (cores or len(os.sched_getaffinity(0)))
 
 
+def test_an_address_is_ours_or_not() -> None:
+    assert launcher._is_ours("127.0.0.1") and launcher._is_ours(socket.gethostname())
+    assert not launcher._is_ours("192.0.2.1") and not launcher._is_ours("no-such-host.invalid")
+
+
 def test_the_interface_is_the_one_that_leads_there() -> None:
     assert launcher._interface_towards("127.0.0.1") == "lo"
     assert launcher._interface_towards("no-such-host.invalid") is None
@@ -265,10 +270,11 @@ def hosts() -> Iterator[TwoHosts]:
 
 
 def _node(hosts: TwoHosts, index: int, *words: str, **environment: str) -> Any:
-    return launched(
-        *words, prefix=hosts.inside(index), PET_NNODES="2", PET_NPROC_PER_NODE="2",
-        PET_MASTER_ADDR="run-0.run", JOB_COMPLETION_INDEX=str(index), **environment,
-    )  # fmt: skip
+    cluster = {
+        "PET_NNODES": "2", "PET_NPROC_PER_NODE": "2", "PET_MASTER_ADDR": "run-0.run",
+        "JOB_COMPLETION_INDEX": str(index),
+    }  # fmt: skip
+    return launched(*words, prefix=hosts.inside(index), **{**cluster, **environment})
 
 
 @two_hosts
@@ -280,8 +286,11 @@ def test_two_hosts_train_what_one_box_trains(dataset: str, tmp_path: Path, hosts
         code, said = _ended(box)
         assert code == 0, said
     two = _config(dataset, tmp_path, "two")
-    # The second comes first, and waits.
-    with _node(hosts, 1, "train", two) as second, _node(hosts, 0, "train", two) as first:
+    # The second comes first, and waits. Which is which they find out by address.
+    with (
+        _node(hosts, 1, "train", two, JOB_COMPLETION_INDEX="") as second,
+        _node(hosts, 0, "train", two, JOB_COMPLETION_INDEX="") as first,
+    ):
         code, said = _ended(first)
         assert code == 0, said
         assert "4 cpu ranks" in said
