@@ -1,7 +1,8 @@
 """SIGTERM: the platform wants its node back, and leaves some seconds to end well.
 
 The first one asks all ranks to stop at the same step boundary, where they checkpoint; a second one,
-or the end of the grace, ends the process at once. Committed checkpoints are safe in any case.
+more than a second later, or the end of the grace, ends the process at once. Committed checkpoints
+are safe in any case.
 """
 
 import os
@@ -9,11 +10,15 @@ import select
 import signal
 import sys
 import threading
+import time
 from contextlib import ExitStack
 from typing import Self
 
 from cnsdiff_dist import logs
 from cnsdiff_dist.errors import TryAgain
+
+# One that is sent to a whole tree of processes comes a second time, from torchrun.
+_ECHO_SECONDS = 1.0
 
 
 class Preemption:
@@ -48,7 +53,9 @@ class Preemption:
         try:
             self._sigterm_within(None)
             self.asked.set()
-            again = self._sigterm_within(self._grace)
+            first, again = time.monotonic(), True
+            while again and time.monotonic() - first <= _ECHO_SECONDS:
+                again = self._sigterm_within(max(0.0, first + self._grace - time.monotonic()))
         except EOFError:
             return
         why = "a second SIGTERM" if again else f"run.grace_seconds ({self._grace:g} s) are over"

@@ -35,6 +35,7 @@ def chaos(tmp_path: Path, seconds: float, *words: str) -> dict[str, Any]:
     return json.loads(out.read_text())["scenarios"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(400)
 def test_killed_at_random_it_learns_the_same(tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ def test_sigterm_ends_with_75_and_the_same_command_goes_on(dataset: str, tmp_pat
     config = _config(dataset, tmp_path, "run", epochs=400, patience=1000)
     with launched("train", config, PET_NPROC_PER_NODE="2") as box:
         _until_trained(tmp_path / "run", box)
-        box.send_signal(signal.SIGTERM)
+        for process in [*_ranks(box), box]:  # to the whole tree, as some process trackers do
+            process.send_signal(signal.SIGTERM)
         code, said = _ended(box)
     assert code == 75
     assert "preempted: checkpointed at step" in said and "Traceback" not in said

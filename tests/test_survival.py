@@ -107,40 +107,52 @@ def _rank(agent: subprocess.Popen[str], rank: int) -> psutil.Process:
     return found
 
 
-def test_a_second_sigterm_ends_at_once_and_harms_nothing(dataset: str, tmp_path: Path) -> None:
-    run, words = _long(dataset, tmp_path)
-    with _started(*words) as process:
-        _wait(lambda: _committed(run))
-        process.send_signal(signal.SIGSTOP)  # so that both arrive before the step ends
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGCONT)
-        time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
-    assert process.returncode == 75
-    again = subprocess.run(
-        [sys.executable, *words, "train.max_steps=1"], capture_output=True, text=True, check=False
-    )
-    assert again.returncode == 0, again.stderr
-
-
 def _hang(grace: int) -> None:
-    """Preempted while the main thread is deaf: as in a collective whose peer is gone."""
+    """A main thread that is deaf: as in a collective whose peer is gone."""
     from cnsdiff_dist.preemption import Preemption
 
     with Preemption(grace) as preemption:
         preemption.watch()
-        os.kill(os.getpid(), signal.SIGTERM)
         torch.distributed.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=True)
 
 
-def test_the_grace_ends_a_process_that_cannot_stop() -> None:
-    code = "from tests.test_survival import _hang; _hang(1)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+@pytest.mark.parametrize(
+    ("pauses", "why"),
+    [
+        ((0.0,), "run.grace_seconds (3 s) are over: left at once"),
+        ((0.0, 0.2), "run.grace_seconds (3 s) are over: left at once"),
+        ((0.0, 0.2, 1.2), "a second SIGTERM: left at once"),
+    ],
+)
+def test_what_cannot_stop_ends_after_the_grace_or_a_second_sigterm_but_not_an_echo(
+    pauses: tuple[float], why: str
+) -> None:
+    with _started("-c", "from tests.test_survival import _hang; _hang(3)") as process:
+        _wait(lambda: _is_deaf(process.pid))
+        for pause in pauses:
+            time.sleep(pause)
+            process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 75 and why in error
+
+
+def _is_deaf(pid: int) -> bool:
+    """Whether ``_hang`` has come to where it waits: it listens for a peer that never comes."""
+    return any(c.status == "LISTEN" for c in psutil.Process(pid).net_connections())
+
+
+def test_a_killed_process_harms_nothing(dataset: str, tmp_path: Path) -> None:
+    run, words = _long(dataset, tmp_path)
+    with _started(*words) as process:
+        _wait(lambda: _committed(run))
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+        process.kill()
+        process.communicate(timeout=60)
+    again = subprocess.run(
+        [sys.executable, *words, "train.max_steps=1"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 75
-    assert "run.grace_seconds (1 s) are over: left at once" in done.stderr
+    assert again.returncode == 0, again.stderr
 
 
 def _vote(answers: list[list[bool]]) -> list[bool]:
