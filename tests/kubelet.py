@@ -105,7 +105,7 @@ class Pod:
         (first,) = psutil.Process(self.process.pid).children()
         first.terminate()
 
-    def ended(self, seconds: float = 120) -> tuple[int, str]:
+    def ended(self, seconds: float = 240) -> tuple[int, str]:
         return self.process.wait(seconds), self.log.read_text()
 
     def remove(self) -> None:

@@ -28,7 +28,7 @@ SCRIPT = str(ROOT / "launch" / "torchrun.sh")
 two_hosts = pytest.mark.skipif(bool(why_not()), reason=why_not() or "")
 
 
-def _config(dataset: str, folder: Path, run: str, **train: Any) -> str:
+def written_config(dataset: str, folder: Path, run: str, **train: Any) -> str:
     """A file for a training whose batches four ranks share."""
     sections = {"train": train, "checkpoint": {"every_steps": 5}}
     tree = small_config(dataset, folder / run, **sections).model_dump(mode="json")
@@ -58,14 +58,14 @@ def launched(
         process.communicate()
 
 
-def _ended(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
+def ended(process: subprocess.Popen[str], seconds: float = 200) -> tuple[int, str]:
     said, _ = process.communicate(timeout=seconds)
     return process.returncode, said
 
 
 def until(what: Callable[[], Any], agent: subprocess.Popen[str]) -> Any:
     """What is waited for, while the agent lives."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (found := what()):
         assert agent.poll() is None, agent.communicate()[0]
         assert time.monotonic() < deadline
@@ -94,9 +94,9 @@ def _ranks(agent: subprocess.Popen[str]) -> list[psutil.Process]:
 
 @pytest.mark.distributed
 def test_what_the_user_must_mend_is_not_tried_again(dataset: str, tmp_path: Path) -> None:
-    config = _config(dataset, tmp_path, "run")
+    config = written_config(dataset, tmp_path, "run")
     with launched("train", config, "train.bathc=64", PET_NPROC_PER_NODE="2") as box:
-        code, said = _ended(box)
+        code, said = ended(box)
     assert code == 2
     assert "did you mean train.batch?" in said and "mend" in said
     assert "started again" not in said and "Traceback" not in said
@@ -104,17 +104,17 @@ def test_what_the_user_must_mend_is_not_tried_again(dataset: str, tmp_path: Path
 
 @pytest.mark.distributed
 def test_sigterm_ends_with_75_and_the_same_command_goes_on(dataset: str, tmp_path: Path) -> None:
-    config = _config(dataset, tmp_path, "run", epochs=400, patience=1000)
+    config = written_config(dataset, tmp_path, "run", epochs=400, patience=1000)
     with launched("train", config, PET_NPROC_PER_NODE="2") as box:
         _until_trained(tmp_path / "run", box)
         for process in [*_ranks(box), box]:  # to the whole tree, as some process trackers do
             process.send_signal(signal.SIGTERM)
-        code, said = _ended(box)
+        code, said = ended(box)
     assert code == 75
     assert "preempted: checkpointed at step" in said and "Traceback" not in said
-    config = _config(dataset, tmp_path, "run", epochs=1, patience=1000)
+    config = written_config(dataset, tmp_path, "run", epochs=1, patience=1000)
     with launched("train", config, PET_NPROC_PER_NODE="2") as box:
-        code, said = _ended(box)
+        code, said = ended(box)
     assert code == 0 and "resumed from" in said
 
 
@@ -122,14 +122,14 @@ def test_sigterm_ends_with_75_and_the_same_command_goes_on(dataset: str, tmp_pat
 def test_a_killed_rank_is_started_again_until_no_restart_is_left(
     dataset: str, tmp_path: Path
 ) -> None:
-    config = _config(dataset, tmp_path, "run", epochs=4000, patience=100_000)
+    config = written_config(dataset, tmp_path, "run", epochs=4000, patience=100_000)
     with launched("train", config, PET_NPROC_PER_NODE="2", PET_MAX_RESTARTS="1") as box:
         _until_trained(tmp_path / "run", box)
         killed = _ranks(box)
         killed[0].kill()
         again = until(lambda: [rank for rank in _ranks(box) if rank not in killed], box)
         again[0].kill()
-        code, said = _ended(box)
+        code, said = ended(box)
     assert code == 1
     assert "ended with SIGKILL" in said and "started again (0 restarts are left)" in said
     assert "no restart is left" in said and "Traceback" not in said
@@ -137,11 +137,11 @@ def test_a_killed_rank_is_started_again_until_no_restart_is_left(
 
 @pytest.mark.distributed
 def test_ctrl_c_is_an_interruption(dataset: str, tmp_path: Path) -> None:
-    config = _config(dataset, tmp_path, "run", epochs=4000, patience=100_000)
+    config = written_config(dataset, tmp_path, "run", epochs=4000, patience=100_000)
     with launched("train", config) as box:
         _until_trained(tmp_path / "run", box)
         os.killpg(box.pid, signal.SIGINT)  # as a terminal sends it, to all
-        code, said = _ended(box)
+        code, said = ended(box)
     assert code == 130 and "Traceback" not in said, said
 
 
@@ -159,10 +159,10 @@ def test_a_stopped_night_goes_on(tmp_path: Path) -> None:
     with launched(str(config), "train.epochs=4000", **night) as box:
         until(lambda: any((tmp_path / "runs/one/checkpoints").glob("step-*/commit.json")), box)
         box.send_signal(signal.SIGTERM)
-        code, said = _ended(box)
+        code, said = ended(box)
     assert code == 75 and "preempted: checkpointed" in said, said
     with launched(str(config), "train.epochs=1", **night) as box:
-        code, said = _ended(box)
+        code, said = ended(box)
     assert code == 0 and "a dataset is here already" in said and "resumed from" in said, said
     assert (tmp_path / "embeddings" / "one" / "_SUCCESS").exists()
 
@@ -204,19 +204,19 @@ def test_the_interface_is_the_one_that_leads_there() -> None:
 
 def test_without_a_first_node(tmp_path: Path) -> None:
     with launched("train", "configs/demo.yaml", PET_NNODES="2") as box:
-        assert _ended(box) == (2, f"{SCRIPT[len(str(ROOT)) + 1:]}: PET_NNODES=2 needs "
+        assert ended(box) == (2, f"{SCRIPT[len(str(ROOT)) + 1:]}: PET_NNODES=2 needs "
                                   "PET_MASTER_ADDR, the first node\n")  # fmt: skip
     there = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(_port())}
     with launched(
         "train", "configs/demo.yaml", **there, PET_NODE_RANK="1", JOIN_SECONDS="2"
     ) as box:
-        code, said = _ended(box)
+        code, said = ended(box)
     assert code == 75 and "the first node does not listen at 127.0.0.1" in said
 
 
 def test_options_that_torchrun_refuses_are_one_line() -> None:
     with launched("train", "configs/demo.yaml", PET_NPROC_PER_NODE="many") as box:
-        code, said = _ended(box)
+        code, said = ended(box)
     assert code == 2 and said.startswith("cnsdiff: error: torchrun: ") and said.count("\n") == 1
 
 
@@ -238,7 +238,7 @@ def _status(port: int, path: str) -> int:
 
 @pytest.mark.distributed
 def test_probes(dataset: str, tmp_path: Path) -> None:
-    config = _config(dataset, tmp_path, "run", epochs=4000, patience=100_000)
+    config = written_config(dataset, tmp_path, "run", epochs=4000, patience=100_000)
     port = _port()
     with launched("train", config, CNSDIFF_HEALTH_PORT=str(port)) as box:
         until(lambda: _status(port, "/ready") == 200, box)
@@ -247,7 +247,7 @@ def test_probes(dataset: str, tmp_path: Path) -> None:
         assert _status(port, "/healthz") == 0  # it does not answer in time
         box.send_signal(signal.SIGCONT)
         with launched("train", config, CNSDIFF_HEALTH_PORT=str(port)) as other:
-            code, said = _ended(other)
+            code, said = ended(other)
         assert code == 2 and "CNSDIFF_HEALTH_PORT" in said and "in use" in said
 
 
@@ -282,20 +282,20 @@ def _node(hosts: TwoHosts, index: int, *words: str, **environment: str) -> Any:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_hosts_train_what_one_box_trains(dataset: str, tmp_path: Path, hosts: TwoHosts) -> None:
-    one = _config(dataset, tmp_path, "one")
+    one = written_config(dataset, tmp_path, "one")
     with launched("train", one, PET_NPROC_PER_NODE="4") as box:
-        code, said = _ended(box)
+        code, said = ended(box)
         assert code == 0, said
-    two = _config(dataset, tmp_path, "two")
+    two = written_config(dataset, tmp_path, "two")
     # The second comes first, and waits. Which is which they find out by address.
     with (
         _node(hosts, 1, "train", two, JOB_COMPLETION_INDEX="") as second,
         _node(hosts, 0, "train", two, JOB_COMPLETION_INDEX="") as first,
     ):
-        code, said = _ended(first)
+        code, said = ended(first)
         assert code == 0, said
         assert "4 cpu ranks" in said
-        assert _ended(second)[0] == 0
+        assert ended(second)[0] == 0
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
@@ -303,22 +303,22 @@ def test_two_hosts_train_what_one_box_trains(dataset: str, tmp_path: Path, hosts
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_preempted_host_is_waited_for(dataset: str, tmp_path: Path, hosts: TwoHosts) -> None:
-    calm = _config(dataset, tmp_path, "calm", epochs=8, patience=1000)
+    calm = written_config(dataset, tmp_path, "calm", epochs=8, patience=1000)
     with launched("train", calm, PET_NPROC_PER_NODE="4") as box:
-        assert _ended(box)[0] == 0
-    config = _config(dataset, tmp_path, "run", epochs=8, patience=1000)
+        assert ended(box)[0] == 0
+    config = written_config(dataset, tmp_path, "run", epochs=8, patience=1000)
     with _node(hosts, 0, "train", config) as first:
         with _node(hosts, 1, "train", config) as second:
             _until_trained(tmp_path / "run", second)
             second.send_signal(signal.SIGTERM)
-            code, said = _ended(second)
+            code, said = ended(second)
             assert code == 75 and "Traceback" not in said
         assert first.poll() is None
         with _node(hosts, 1, "train", config) as again:
-            code, said = _ended(first)
+            code, said = ended(first)
             assert code == 0, said
             assert "resumed from" in said and "started again" in said
-            assert _ended(again)[0] == 0
+            assert ended(again)[0] == 0
     assert_same_training(tmp_path / "calm", tmp_path / "run")
 
 
@@ -328,18 +328,18 @@ def test_a_preempted_host_is_waited_for(dataset: str, tmp_path: Path, hosts: Two
 def test_without_the_first_host_the_other_ends_and_both_go_on(
     dataset: str, tmp_path: Path, hosts: TwoHosts
 ) -> None:
-    config = _config(dataset, tmp_path, "run", epochs=3000, patience=100_000)
+    config = written_config(dataset, tmp_path, "run", epochs=3000, patience=100_000)
     with _node(hosts, 1, "train", config) as second:
         with _node(hosts, 0, "train", config) as first:
             _until_trained(tmp_path / "run", first)
             os.killpg(first.pid, signal.SIGKILL)
-        code, said = _ended(second)
+        code, said = ended(second)
         assert code == 75 and "Traceback" not in said, said
-    config = _config(dataset, tmp_path, "run", epochs=1, patience=100_000)
+    config = written_config(dataset, tmp_path, "run", epochs=1, patience=100_000)
     with _node(hosts, 1, "train", config) as second, _node(hosts, 0, "train", config) as first:
-        code, said = _ended(first)
+        code, said = ended(first)
         assert code == 0 and "resumed from" in said, said
-        assert _ended(second)[0] == 0
+        assert ended(second)[0] == 0
 
 
 @two_hosts
@@ -348,12 +348,12 @@ def test_without_the_first_host_the_other_ends_and_both_go_on(
 def test_bad_input_of_one_host_ends_the_other(
     dataset: str, tmp_path: Path, hosts: TwoHosts
 ) -> None:
-    config = _config(dataset, tmp_path, "run")
+    config = written_config(dataset, tmp_path, "run")
     with (
         _node(hosts, 0, "train", config) as first,
         _node(hosts, 1, "train", config, "data.streams=3") as second,
     ):
-        code, said = _ended(second)
+        code, said = ended(second)
         assert code == 2 and "started again" not in said
-        code, said = _ended(first)
+        code, said = ended(first)
         assert code == 75 and "Traceback" not in said

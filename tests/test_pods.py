@@ -106,11 +106,11 @@ def _one_box(dataset: str, folder: Path, **train: Any) -> Path:
     tree = small_config(dataset, folder / "box", **sections).model_dump(mode="json")
     (folder / "box.yaml").write_text(yaml.safe_dump(tree))
     with launched("train", str(folder / "box.yaml"), PET_NPROC_PER_NODE="4") as box:
-        assert box.wait(120) == 0
+        assert box.wait(200) == 0
     return folder / "box"
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_the_pods_of_a_job_train_what_one_box_trains(
     dataset: str, tmp_path: Path, volume: Path, rendered: Callable[..., Any]
 ) -> None:
@@ -127,7 +127,7 @@ def test_the_pods_of_a_job_train_what_one_box_trains(
     assert all({"time", "level", "rank", "message"} <= line.keys() for line in lines)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_preempted_pod_is_made_again_and_nothing_is_lost(
     dataset: str, tmp_path: Path, volume: Path, rendered: Callable[..., Any]
 ) -> None:
@@ -144,12 +144,12 @@ def test_a_preempted_pod_is_made_again_and_nothing_is_lost(
         assert code == 75 and action(cluster.spec, code) == "Ignore", said
         assert first.process.poll() is None
         again = cluster.start(1)
-        code, said = first.ended(240)
+        code, said = first.ended(300)
         assert code == 0 and "resumed from" in said, said + again.log.read_text()
     assert_same_training(box, volume / "run")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_bad_input_ends_the_job_at_once(
     tmp_path: Path, volume: Path, rendered: Callable[..., Any]
 ) -> None:
@@ -164,7 +164,7 @@ def test_bad_input_ends_the_job_at_once(
         assert code in (2, 75), said
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_night_from_logs_to_embeddings(
     tmp_path: Path, volume: Path, rendered: Callable[..., Any]
 ) -> None:

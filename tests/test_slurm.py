@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm import Job, Slurm, why_not
-from tests.test_launcher import _config, _ended, assert_same_training, launched
+from tests.test_launcher import assert_same_training, ended, launched, written_config
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,9 +31,9 @@ def calm(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one box with as many ranks."""
     folder = tmp_path_factory.mktemp("calm")
     with launched(
-        "train", _config(dataset, folder, "run", **_TRAIN), PET_NPROC_PER_NODE="2"
+        "train", written_config(dataset, folder, "run", **_TRAIN), PET_NPROC_PER_NODE="2"
     ) as box:
-        code, said = _ended(box, 600)
+        code, said = ended(box, 600)
     assert code == 0, said
     return folder / "run"
 
@@ -59,7 +59,7 @@ def _until_trained(job: Job, run: Path) -> None:
 def test_two_nodes_train_what_one_box_trains(
     slurm: Slurm, dataset: str, tmp_path: Path, calm: Path
 ) -> None:
-    with submitted(slurm, _config(dataset, tmp_path, "run", **_TRAIN)) as job:
+    with submitted(slurm, written_config(dataset, tmp_path, "run", **_TRAIN)) as job:
         assert job.ended() == ("COMPLETED", "0:0", 0), job.log()
     assert "2 cpu ranks" in job.log()
     assert_same_training(calm, tmp_path / "run")
@@ -97,7 +97,7 @@ def test_the_job_is_requeued_and_goes_on(
     happens: Callable[[Slurm, Job], None],
     slurm: Slurm, dataset: str, tmp_path: Path, calm: Path,
 ) -> None:  # fmt: skip
-    config = _config(dataset, tmp_path, "run", **_TRAIN)
+    config = written_config(dataset, tmp_path, "run", **_TRAIN)
     with submitted(slurm, config) as job:
         _until_trained(job, tmp_path / "run")
         happens(slurm, job)
@@ -108,7 +108,7 @@ def test_the_job_is_requeued_and_goes_on(
 
 def test_out_of_time(slurm: Slurm, dataset: str, tmp_path: Path) -> None:
     """SLURM looks every 30 s whether a job's end is so near that it is to be told."""
-    config = _config(dataset, tmp_path, "run", **_ENDLESS)
+    config = written_config(dataset, tmp_path, "run", **_ENDLESS)
     with submitted(slurm, config, "--time=3") as job:
         job.until(lambda: job.seen()["Restarts"] == "1")
         assert "preempted: checkpointed at step" in job.log()
@@ -119,14 +119,14 @@ def test_out_of_time(slurm: Slurm, dataset: str, tmp_path: Path) -> None:
 def test_what_the_user_must_mend_is_not_requeued(
     words: list[str], slurm: Slurm, dataset: str, tmp_path: Path
 ) -> None:
-    config = _config(dataset, tmp_path, "run")
+    config = written_config(dataset, tmp_path, "run")
     words = [config if word == "CONFIG" else word for word in words]
     job = slurm.submit("--nodes=2", _SCRIPT, *words, OMP_NUM_THREADS="1", PET_NPROC_PER_NODE="1")
     assert job.ended() == ("FAILED", "2:0", 0), job.log()
 
 
 def test_cancelled_is_not_requeued(slurm: Slurm, dataset: str, tmp_path: Path) -> None:
-    with submitted(slurm, _config(dataset, tmp_path, "run", **_ENDLESS)) as job:
+    with submitted(slurm, written_config(dataset, tmp_path, "run", **_ENDLESS)) as job:
         _until_trained(job, tmp_path / "run")
         job.cancel()
         assert job.ended()[::2] == ("CANCELLED", 0)
@@ -138,7 +138,7 @@ def test_cancelled_is_not_requeued(slurm: Slurm, dataset: str, tmp_path: Path) -
 
 
 def test_requeues_are_bounded(slurm: Slurm, dataset: str, tmp_path: Path) -> None:
-    config = _config(dataset, tmp_path, "run", **_ENDLESS)
+    config = written_config(dataset, tmp_path, "run", **_ENDLESS)
     with submitted(slurm, config, MAX_REQUEUES="0") as job:
         job.until(lambda: slurm.processes(1, "cnsdiff_dist.launcher"))
         job.cancel("--signal=USR1")
