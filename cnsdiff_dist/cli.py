@@ -40,7 +40,7 @@ a whole job:
   cnsdiff evaluate runs/demo --split test_ood
   cnsdiff recommend runs/demo out/recommendations --k 20
 
-several processes: torchrun --nproc-per-node 2 -m cnsdiff_dist train configs/demo.yaml
+several processes: PET_NPROC_PER_NODE=2 launch/torchrun.sh train configs/demo.yaml
 """
 
 

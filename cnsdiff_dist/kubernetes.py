@@ -75,7 +75,8 @@ def render(launch: Launch) -> list[Tree]:
         for tree in _documents(f"base/{name}", launch)
     ]  # fmt: skip
     patches, copies = [], []
-    for component in ("gpu" if launch.gpus else "cpu", *(launch.kind,) * (launch.kind != "job")):
+    components = ["gpu" if launch.gpus else "cpu", launch.kind]
+    for component in components if launch.kind != "job" else components[:1]:
         folder = f"components/{component}"
         rules = _one(f"{folder}/kustomization.yaml", launch)
         patches += [_one(f"{folder}/{patch['path']}", launch) for patch in rules["patches"]]

@@ -13,7 +13,7 @@ from cnsdiff_dist.errors import UserError
 _EPILOG = """\
 examples:
   cnsdiff launch k8s configs/demo.yaml data.url=s3://bucket/data run.dir=s3://bucket/runs/first \\
-      --image registry.example/cnsdiff:0.1.0 --nodes 2 --gpus-per-node 8 > run.yaml
+      data.streams=16 --image registry.example/cnsdiff:0.1.0 --nodes 2 --gpus-per-node 8 > run.yaml
   cnsdiff launch k8s configs/demo.yaml data.url=/mnt/data run.dir=/mnt/runs/first \\
       --image registry.example/cnsdiff:0.1.0-cpu --nodes 2 --device cpu \\
       --volume cnsdiff=/mnt --memory 8 > run.yaml
@@ -23,6 +23,7 @@ examples:
   kubectl apply --dry-run=server -f run.yaml && kubectl apply -f run.yaml
 """
 _SPARE = 1.25  # of what a plan counts, for what it does not
+_LEAST_GIB = {True: 8, False: 2}  # of a rank with a GPU, a guess: CUDA's own was not measured
 _SHM_GIB = {True: 16, False: 1}  # as in launch/k8s; it counts as memory of the pod
 
 
@@ -36,8 +37,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     k8s = targets.add_parser(
         "k8s",
         help="Kubernetes: a Job, JobSet, Kubeflow TrainJob or nightly CronJob",
-        description="Print the objects of a run as YAML: launch/k8s with this run's config, "
-        "image and sizes. Memory is what `cnsdiff plan` counts, or --memory. Credentials come "
+        description="Print the objects of a run as YAML: launch/k8s with this run's config,\n"
+        "image and sizes. Memory is what `cnsdiff plan` counts, or --memory. Credentials come\n"
         "from the pods' identity (--identity) or a Secret that is there already (--secret).",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -163,4 +164,5 @@ def _planned_gib(args: argparse.Namespace, config: Config) -> int:
     if args.device != "cpu":  # that node's memory is not this one's
         planning_command.refuse_what_does_not_fit(args, plan)
     host = sum(plan.host.values()) * args.gpus_per_node
-    return math.ceil(_SPARE * host / 2**30)
+    least = _LEAST_GIB[args.device != "cpu"] * args.gpus_per_node
+    return max(least, math.ceil(_SPARE * host / 2**30))

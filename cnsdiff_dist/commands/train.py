@@ -21,7 +21,7 @@ examples:
   cnsdiff train configs/demo.yaml
   cnsdiff train configs/food.yaml run.seed=1 run.dir=runs/food-1
   cnsdiff train configs/food.yaml negatives.kind=uniform run.dir=runs/food-bpr
-  torchrun --nproc-per-node 8 -m cnsdiff_dist train configs/food.yaml
+  PET_NPROC_PER_NODE=8 launch/torchrun.sh train configs/food.yaml
 
 The same command again continues a run from its last checkpoint.
 """
