@@ -334,8 +334,8 @@ raise RuntimeError("a bug")
     assert bug["traceback"].startswith("Traceback (most recent call last)")
 
 
-def test_the_second_sigterm_is_a_line_too() -> None:
-    code = "from tests.test_survival import _hang; _hang(1)"
+def test_leaving_at_once_is_a_line_too() -> None:
+    code = "from tests.test_survival import _hang; _hang(1, asked=True)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
         cwd=ROOT, env={**os.environ, logs.VARIABLE: "json"},

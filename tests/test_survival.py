@@ -107,12 +107,14 @@ def _rank(agent: subprocess.Popen[str], rank: int) -> psutil.Process:
     return found
 
 
-def _hang(grace: int) -> None:
+def _hang(grace: int, asked: bool = False) -> None:
     """A main thread that is deaf: as in a collective whose peer is gone."""
     from cnsdiff_dist.preemption import Preemption
 
     with Preemption(grace) as preemption:
         preemption.watch()
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)
         torch.distributed.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=True)
 
 
