@@ -26,7 +26,8 @@ _FOLDERS = (
 _EXAMPLE = "cnsdiff-run"  # what the files call the run
 _LOCAL = "config.kubernetes.io/local-config"  # kustomize's mark of what is not to be applied
 _GRACE = 5  # seconds between the ranks' own grace and torchrun's
-_LONGEST_NAME = 50  # a CronJob adds 11 to it, a pod its index; a label's value has 63
+_LONGEST_HOST = 63  # JOB-INDEX, where JOB is the run's name and what a kind adds to it:
+_ADDED = {"job": 0, "jobset": len("-node-0"), "trainjob": len("-node-0"), "nightly": 11}
 
 Tree = dict[str, Any]
 
@@ -57,9 +58,10 @@ class Launch:
     schedule: str = ""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(rf"[a-z]([-a-z0-9]{{0,{_LONGEST_NAME - 2}}}[a-z0-9])?", self.name):
+        longest = _LONGEST_HOST - _ADDED[self.kind] - len(f"-{self.nodes - 1}")
+        if not re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", self.name) or len(self.name) > longest:
             raise UserError(
-                f"--name {self.name}: a run is named by at most {_LONGEST_NAME} small letters, "
+                f"--name {self.name}: a run is named by at most {longest} small letters, "
                 "digits and dashes, a letter first and no dash last"
             )
 
@@ -188,9 +190,17 @@ def _documents(name: str, launch: Launch) -> list[Tree]:
     """The YAML documents of a file, with this run's name in place of the example's."""
     for folder in _FOLDERS:
         if (folder / name).exists():
-            text = (folder / name).read_text(encoding="utf-8").replace(_EXAMPLE, launch.name)
-            return list(yaml.safe_load_all(text))
+            trees = yaml.safe_load_all((folder / name).read_text(encoding="utf-8"))
+            return [_renamed(tree, launch.name) for tree in trees]
     raise UserError(f"launch/k8s/{name}: not there; run this from a checkout, or install it whole")
+
+
+def _renamed(tree: Any, name: str) -> Any:
+    if isinstance(tree, dict):
+        return {key: _renamed(value, name) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_renamed(value, name) for value in tree]
+    return tree.replace(_EXAMPLE, name) if isinstance(tree, str) else tree
 
 
 class _Dumper(yaml.SafeDumper):

@@ -24,6 +24,7 @@ from cnsdiff_dist.errors import TryAgain, UserError, complain
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 _STUCK_SECONDS = 60.0
+_ELSEWHERE = "192.0.2.1"  # an address of documentation (RFC 5737): any other network
 
 
 class _Failed(UserError):
@@ -243,7 +244,10 @@ def _cores(group: Path = Path("/sys/fs/cgroup")) -> int:
 def _set_interfaces(first: str) -> None:
     """Gloo and NCCL use the interface that leads to the first node, where no other is asked for:
     by themselves they take what the host's own name stands for, often the loopback."""
-    if name := _interface_towards(first):
+    name = _interface_towards(first)
+    if name == "lo":  # many a host's own name means that; then the way out
+        name = _interface_towards(_ELSEWHERE)
+    if name and name != "lo":
         for library in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", name)
 

@@ -58,10 +58,21 @@ def take_over() -> None:
     sys.excepthook = _bug
 
 
+_FORMATTER = logging.Formatter()
+
+
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        level = record.levelname.lower()
-        write(record.getMessage(), level, sys.stderr, logger=record.name)
+        try:
+            more = (
+                {"traceback": _FORMATTER.formatException(record.exc_info)}
+                if record.exc_info
+                else {}
+            )
+            level = record.levelname.lower()
+            write(record.getMessage(), level, sys.stderr, logger=record.name, **more)
+        except Exception:  # a library's malformed line is not the training's end
+            self.handleError(record)
 
 
 def _bug(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

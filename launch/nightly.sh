@@ -11,9 +11,11 @@ The same command on each node. The first prepares a dataset of the night's logs;
 new run on it, evaluate it and export its embeddings. Run again, it goes on where it was stopped.
 
   LOGS      the log, as for `cnsdiff prepare --log`: files or a pattern, any fsspec URL; what `date`
-            knows is filled in, in UTC: s3://bucket/logs/%Y-%m-%d/*.parquet
+            knows of DAY is filled in: s3://bucket/logs/%Y-%m-%d/*.parquet
   NIGHTLY   where to write: NIGHTLY/data/NIGHT, NIGHTLY/runs/NIGHT, NIGHTLY/embeddings/NIGHT
-  NIGHT     this night's name, the same on all nodes        (JOB_NAME; else the date, in UTC)
+  NIGHT     this night's name, the same on all nodes and when it is run again         (DAY)
+  DAY       the day of the logs, in UTC           (the day before; of a CronJob's minute, if
+            NIGHT ends with that, as the names of its Jobs do)
   PREPARE   further options of `cnsdiff prepare`            (--shift temporal)
   SPLIT     what is evaluated                               (test_ood)
 and what launch/torchrun.sh takes. Exit codes are those of launch/torchrun.sh.
@@ -50,19 +52,26 @@ run() {
     [ "$code" = 0 ] || exit "$code"
 }
 
-night=${NIGHT:-${JOB_NAME:-$(date -u +%F)}}
+minute=${NIGHT:-}
+minute=${minute##*-}
+if [[ $minute =~ ^[0-9]{8}$ ]]; then now=$((minute * 60)); else now=$(date +%s); fi
+day=${DAY:-$(date -u -d "@$((now - 86400))" +%F)}
+night=${NIGHT:-$day}
 data=$NIGHTLY/data/$night
 result=$NIGHTLY/runs/$night
 node=${PET_NODE_RANK:-${JOB_COMPLETION_INDEX:-${SLURM_NODEID:-0}}}
 port=${PET_MASTER_PORT:-29400}
 read -ra options <<<"${PREPARE:---shift temporal}"
-read -ra files <<<"$(date -u +"$LOGS")"
+read -ra files <<<"$(date -u -d "$day" +"$LOGS")"
 
 # The other nodes wait for the first one's rendezvous, and so for its dataset.
 if [ "$node" = 0 ]; then
     run python -m cnsdiff_dist prepare "$data" --if-missing --log "${files[@]}" "${options[@]}"
 fi
 # A rendezvous of its own each: a node that is ahead must not join the one that ends.
-PET_MASTER_PORT=$port run launch/torchrun.sh train "$@" "data.url=$data" "run.dir=$result"
+JOIN_SECONDS=${JOIN_SECONDS:-36000} PET_MASTER_PORT=$port \
+    run launch/torchrun.sh train "$@" "data.url=$data" "run.dir=$result"
+# Here all come together; a node that starts anew is at the training, and needs the others there.
+export JOIN_SECONDS=120
 PET_MASTER_PORT=$((port + 1)) run launch/torchrun.sh evaluate "$result" --split "${SPLIT:-test_ood}"
 PET_MASTER_PORT=$((port + 2)) run launch/torchrun.sh export "$result" "$NIGHTLY/embeddings/$night"

@@ -69,6 +69,7 @@ class TwoHosts:
 
 def why_not() -> str | None:
     """Why this machine cannot have them, or None."""
-    probe = "ip netns add cnsdiff-probe && ip netns del cnsdiff-probe && unshare --uts true"
+    name = f"cnsdiff-probe-{os.getpid()}"
+    probe = f"ip netns add {name} && ip netns del {name} && unshare --uts true"
     done = subprocess.run(probe, shell=True, capture_output=True, text=True, check=False)
     return f"needs `{probe}` ({done.stderr.strip()})" if done.returncode else None

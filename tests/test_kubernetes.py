@@ -15,7 +15,9 @@ from kubeflow_trainer_api import models
 from cnsdiff_dist import kubernetes
 from cnsdiff_dist.cli import main
 from cnsdiff_dist.config import Config, load_config
+from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.kubernetes import Launch, render
+from tests.kubelet import environment, labels
 
 ROOT = Path(__file__).resolve().parents[1]
 OVERLAYS = ROOT / "launch" / "k8s" / "overlays"
@@ -128,6 +130,10 @@ def test_kustomize_renders_the_same(overlay: str, kind: str, gpus: bool) -> None
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     theirs = list(yaml.safe_load_all(done.stdout))
     assert all(not _problems(tree) for tree in theirs)
+    _, pod = pod_spec(theirs)
+    of = labels("first", 0, **{"jobset.sigs.k8s.io/jobset-name": "first"})
+    known = environment(pod["containers"][0], of)
+    assert not any("$(" in value for value in known.values()), known
     config = next(tree["data"]["config.yaml"] for tree in theirs if tree["kind"] == "ConfigMap")
     ours = render(Launch(**{**vars(_launch(kind, gpus)), "config": config}))
 
@@ -160,6 +166,32 @@ def pod_spec(trees: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any
             spec = spec.get("template", tree)["spec"]["replicatedJobs"][0]["template"]["spec"]
             return spec, spec["template"]["spec"]
     raise AssertionError("no pod")
+
+
+@pytest.mark.parametrize("kind", kubernetes.KINDS)
+def test_what_selects_pods_finds_them(kind: str) -> None:
+    trees = render(_launch(kind, True))
+    job, pod = pod_spec(trees)
+    index = {"batch.kubernetes.io/job-completion-index": "0"}
+    labels = {**job["template"]["metadata"]["labels"], **index}
+    selectors = [tree["spec"]["selector"] for tree in trees if tree["kind"] == "Service"]
+    for tree in trees:
+        if tree["kind"] == "PodDisruptionBudget":
+            selectors.append(tree["spec"]["selector"]["matchLabels"])
+        if tree["kind"] == "NetworkPolicy":
+            selectors.append(tree["spec"]["podSelector"]["matchLabels"])
+    assert len(selectors) == 4
+    assert all(selector.items() <= labels.items() for selector in selectors), selectors
+    accounts = [t["metadata"]["name"] for t in trees if t["kind"] == "ServiceAccount"]
+    assert accounts == [pod["serviceAccountName"]]
+
+
+@pytest.mark.parametrize("name", ["no", "null", "x" * 50])
+def test_any_name_stays_a_name(name: str) -> None:
+    launch = Launch(name, "i", "x: 1\n", kind="nightly", nodes=2)
+    assert all(not _problems(tree) for tree in render(launch))
+    with pytest.raises(UserError, match="at most 49 small letters"):
+        Launch("x" * 50, "i", "x: 1\n", kind="nightly", nodes=11)
 
 
 @pytest.mark.parametrize("gpus", [False, True])
@@ -242,6 +274,9 @@ def test_the_command_line_renders_a_run(
         (("data.url=s3://b/d", "run.dir=s3://b/r", "--nodes", "3"), "3 ranks does not divide"),
         (("data.url=s3://b/d", "run.dir=s3://b/r", "--env", "AWS_SECRET_ACCESS_KEY=x"), "--secret"),
         (("data.url=s3://b/d", "run.dir=s3://b/r", "--name", "A", "--memory", "1"), "--name A"),
+        (("--kind", "nightly", "run.dir=s3://key:word@b/r"), "credentials"),
+        (("data.url=s3://b/d", "run.dir=s3://b/r", "--env", "P=http://u:w@h"), "credentials"),
+        (("data.url=s3://b/d", "run.dir=s3://b/r", "--env", "X_CONNECTION_STRING=x"), "--secret"),
         (("--kind", "nightly"), "--env LOGS=URL"),
         (("--kind", "nightly", "--env", "LOGS=s3://b/l"), "--env NIGHTLY=URL"),
         (("data.ulr=s3://b/d",), "did you mean data.url"),

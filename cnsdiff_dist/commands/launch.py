@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -19,11 +20,13 @@ examples:
       --volume cnsdiff=/mnt --memory 8 > run.yaml
   cnsdiff launch k8s configs/demo.yaml --kind nightly --schedule '0 3 * * *' --memory 512 \\
       --image registry.example/cnsdiff:0.1.0 --gpus-per-node 8 \\
+      --identity eks.amazonaws.com/role-arn=arn:.. \\
       --env LOGS='s3://bucket/logs/*.parquet' --env NIGHTLY=s3://bucket/nightly > nightly.yaml
   kubectl apply --dry-run=server -f run.yaml && kubectl apply -f run.yaml
 """
 _SPARE = 1.25  # of what a plan counts, for what it does not
 _LEAST_GIB = {True: 8, False: 2}  # of a rank with a GPU, a guess: CUDA's own was not measured
+_SECRETS = re.compile("SECRET|PASSWORD|TOKEN|CREDENTIAL|CONNECTION_STRING|_KEY|_SAS")
 _SHM_GIB = {True: 16, False: 1}  # as in launch/k8s; it counts as memory of the pod
 
 
@@ -129,13 +132,14 @@ def _refuse_what_pods_lack(
         UserError: the run would fail on the cluster, and here is why.
     """
     places = {"data.url": config.data.url, "run.dir": config.run.dir}
+    for url in (*places.values(), *env.values()):
+        storage.refuse_secrets(url)
     if args.kind == "nightly":
         places = {name: env.get(name, "") for name in ("LOGS", "NIGHTLY")}
     for name, url in places.items():
         how = f"--env {name}=URL" if args.kind == "nightly" else f"add {name}=URL"
         if not url:
             raise UserError(f"{args.config}: {name} is not set; {how}")
-        storage.refuse_secrets(url)
         if storage.is_local(url) and not any(
             PurePosixPath(url).is_relative_to(mount) for mount in mounts
         ):
@@ -144,7 +148,7 @@ def _refuse_what_pods_lack(
                 "--volume CLAIM=PATH"
             )
     for name in env:
-        if any(word in name.upper() for word in ("SECRET", "PASSWORD", "TOKEN", "ACCESS_KEY")):
+        if _SECRETS.search(name.upper()) and not name.upper().endswith("_FILE"):
             raise UserError(f"--env {name}: looks like a secret; put it in a Secret, --secret NAME")
     ranks = args.nodes * args.gpus_per_node
     if config.data.streams % ranks:
