@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ def test_a_night_from_logs_to_embeddings(
     tmp_path: Path, volume: Path, rendered: Callable[..., Any]
 ) -> None:
     rows = [f"u{n * 7 % 311},i{n * n % 97},{n}" for n in range(9_000)]
-    (volume / f"log-{datetime.now(UTC):%Y}.csv").write_text(
+    (volume / f"log-{datetime.now(UTC) - timedelta(days=1):%Y}.csv").write_text(
         "\n".join(["user,item,timestamp", *rows])
     )
     words = {
