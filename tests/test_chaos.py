@@ -66,7 +66,10 @@ def _skip_where_it_cannot_be_done(fault: str) -> None:
         "clock",
         "disk-full",
         "nodes link",
-        pytest.param("s3-kill-rank s3-pause s3-kill s3-network", marks=pytest.mark.s3),
+        pytest.param("s3-kill-rank", marks=pytest.mark.s3),
+        pytest.param("s3-pause", marks=pytest.mark.s3),
+        pytest.param("s3-kill", marks=pytest.mark.s3),
+        pytest.param("s3-network", marks=pytest.mark.s3),
     ],
 )
 def test_trouble_is_survived(faults: str, tmp_path: Path) -> None:
