@@ -27,7 +27,7 @@ from cnsdiff_dist.commands import (
     status,
     train,
 )
-from cnsdiff_dist.errors import UserError, complain
+from cnsdiff_dist.errors import UserError, exit_code_of
 
 _COMMANDS = (
     prepare, plan, train, status, evaluate, calibrate, export, recommend, report, compare, launch,
@@ -52,18 +52,16 @@ def main(words: list[str] | None = None) -> int:
         # A batch system stops a job by SIGTERM: clean up as for Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if logs.chosen() not in logs.FORMATS:
-            raise UserError(f"{logs.VARIABLE}={logs.chosen()}: text or json")
-        args.run(args)
-    except UserError as error:
-        complain(str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        complain("interrupted; what was committed is kept")
-        return 130
+        return exit_code_of(lambda: _run(args))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    if logs.chosen() not in logs.FORMATS:
+        raise UserError(f"{logs.VARIABLE}={logs.chosen()}: text or json")
+    args.run(args)
 
 
 def entry() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from cnsdiff_dist import logs
@@ -20,9 +21,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, line: str) -> None:
-        line = " ".join(line.split())
-        line = "".join(mark if mark.isprintable() else "?" for mark in line)  # no terminal codes
-        super().__init__(line if len(line) <= _LENGTH else f"{line[: _LENGTH - 2]} ..")
+        super().__init__(one_line(line))
 
 
 class TryAgain(UserError):
@@ -32,6 +31,25 @@ class TryAgain(UserError):
     """
 
     exit_code = 75
+
+
+def one_line(text: str, length: int = _LENGTH) -> str:
+    """Without line ends or terminal codes, and of bounded length: it may come from a file."""
+    line = "".join(mark if mark.isprintable() else "?" for mark in " ".join(text.split()))
+    return line if len(line) <= length else f"{line[: length - 2]} .."
+
+
+def exit_code_of(run: Callable[[], None], **fields: Any) -> int:
+    """0; or what went wrong is shown, with ``fields`` in the JSON form, and this is its code."""
+    try:
+        run()
+    except UserError as error:
+        complain(str(error), **fields)
+        return error.exit_code
+    except KeyboardInterrupt:
+        complain("interrupted; what was committed is kept", **fields)
+        return 130
+    return 0
 
 
 def complain(line: str, **fields: Any) -> None:

@@ -77,8 +77,8 @@ def render(launch: Launch) -> list[Tree]:
         for tree in _documents(f"base/{name}", launch)
     ]  # fmt: skip
     patches, copies = [], []
-    components = ["gpu" if launch.gpus else "cpu", launch.kind]
-    for component in components if launch.kind != "job" else components[:1]:
+    wanted = {"gpu": launch.gpus, launch.kind: launch.kind != "job"}
+    for component in (name for name, is_wanted in wanted.items() if is_wanted):
         folder = f"components/{component}"
         rules = _one(f"{folder}/kustomization.yaml", launch)
         patches += [_one(f"{folder}/{patch['path']}", launch) for patch in rules["patches"]]
@@ -86,9 +86,8 @@ def render(launch: Launch) -> list[Tree]:
         for name in rules.get("resources", []):
             objects += _documents(f"{folder}/{name}", launch)
     for kind, patch in [*((patch["kind"], patch) for patch in patches), *_patches(launch)]:
-        for tree in objects:
-            if tree["kind"] == kind:
-                _merge(tree, patch)
+        for tree in _of_kind(objects, kind):
+            _merge(tree, patch)
     _copy(objects, copies)
     if launch.namespace:
         for tree in objects:
@@ -168,18 +167,25 @@ def _merge(tree: Tree, patch: Tree) -> None:
 
 
 def _copy(objects: list[Tree], replacements: list[Tree]) -> None:
+    """kustomize's: a field of one object in the place of fields of others."""
     for rule in replacements:
         source = rule["source"]
-        found = next(tree for tree in objects if tree["kind"] == source["kind"])
+        value = _of_kind(objects, source["kind"])[0][source["fieldPath"]]
         for target in rule["targets"]:
-            for tree in objects:
-                if tree["kind"] == target["select"]["kind"]:
-                    for path in target["fieldPaths"]:
-                        *above, last = path.split(".")
-                        place: Any = tree
-                        for part in above:
-                            place = place[int(part) if part.isdigit() else part]
-                        place[last] = deepcopy(found[source["fieldPath"]])
+            for tree in _of_kind(objects, target["select"]["kind"]):
+                for path in target["fieldPaths"]:
+                    _set(tree, path.split("."), deepcopy(value))
+
+
+def _set(tree: Any, path: list[str], value: Any) -> None:
+    *above, last = path
+    for part in above:
+        tree = tree[int(part) if part.isdigit() else part]
+    tree[last] = value
+
+
+def _of_kind(objects: list[Tree], kind: str) -> list[Tree]:
+    return [tree for tree in objects if tree["kind"] == kind]
 
 
 def _one(name: str, launch: Launch) -> Tree:

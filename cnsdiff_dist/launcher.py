@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from cnsdiff_dist.errors import TryAgain, UserError, complain
+from cnsdiff_dist.errors import TryAgain, UserError, complain, exit_code_of
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 _STUCK_SECONDS = 60.0
@@ -43,25 +43,27 @@ def main(words: list[str] | None = None) -> int:
     from torch.distributed import run as torchrun
 
     args = torchrun.parse_args(words)
+    return exit_code_of(lambda: _launch(args), rank=None)
+
+
+def _launch(args: Any) -> None:
+    """
+    Raises:
+        UserError: torchrun refuses an option, or as :func:`_run`.
+    """
+    from torch.distributed import run as torchrun
+
     try:
-        try:
-            config, _, _ = torchrun.config_from_args(args)
-        except ValueError as error:
-            raise UserError(f"torchrun: {error}") from None
-        _watch_the_agent(_Health.on(os.environ.get("CNSDIFF_HEALTH_PORT", "")))
-        _set_threads(config.nproc_per_node)
-        if args.rdzv_endpoint:
-            host, is_first = _first_node(args.rdzv_endpoint, config.rdzv_configs)
-            args.rdzv_conf = ",".join(filter(None, [args.rdzv_conf, f"is_host={is_first}"]))
-            _set_interfaces(host)
-        _run(args)
-    except UserError as error:
-        complain(str(error), rank=None)
-        return error.exit_code
-    except KeyboardInterrupt:
-        complain("interrupted; what was committed is kept", rank=None)
-        return 130
-    return 0
+        config, _, _ = torchrun.config_from_args(args)
+    except ValueError as error:
+        raise UserError(f"torchrun: {error}") from None
+    _watch_the_agent(_Health.on(os.environ.get("CNSDIFF_HEALTH_PORT", "")))
+    _set_threads(config.nproc_per_node)
+    if args.rdzv_endpoint:
+        host, is_first = _first_node(args.rdzv_endpoint, config.rdzv_configs)
+        args.rdzv_conf = ",".join(filter(None, [args.rdzv_conf, f"is_host={is_first}"]))
+        _set_interfaces(host)
+    _run(args)
 
 
 def _run(args: Any) -> None:

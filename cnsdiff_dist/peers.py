@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from cnsdiff_dist import logs
 from cnsdiff_dist.errors import TryAgain, complain
 from cnsdiff_dist.world import World, is_lost_peer
 
@@ -25,10 +26,10 @@ _SECONDS = 1.0
 
 
 class Peers:
-    """Beats while the training runs; ``step`` is told to the others. Alone, it does nothing."""
+    """Beats while the training runs; the step is told to the others. Alone, it does nothing."""
 
     def __init__(self, world: World, timeout_seconds: float) -> None:
-        self._world, self._timeout, self.step = world, timeout_seconds, 0
+        self._world, self._timeout = world, timeout_seconds
         self._over = threading.Event()
 
     def __enter__(self) -> Self:
@@ -65,7 +66,8 @@ class Peers:
                 self._leave(f"lost {who}: silent for {self._timeout:g} s (run.timeout_seconds)")
 
     def _beat(self, beats: int) -> None:
-        self._store.set(str(self._world.rank), f"{beats} {self.step} {socket.gethostname()}")
+        step = logs.context.step or 0
+        self._store.set(str(self._world.rank), f"{beats} {step} {socket.gethostname()}")
 
     def _beats(self, ranks: list[int]) -> dict[int, list[str]]:
         """Rank -> its beats so far, its step and its host, of those that have beaten."""

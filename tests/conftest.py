@@ -2,6 +2,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,12 @@ def other_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     words = ["--synthetic", "--users", "700", "--items", "250", "--seed", "9"]
     assert main(["prepare", out, *words]) == 0
     return out
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 SMALL = {

@@ -45,7 +45,7 @@ def _problems(tree: dict[str, Any]) -> list[str]:
             back = custom.from_dict(copy.deepcopy(tree)).to_dict()
         except ValueError as error:
             return [str(error)]
-        return _lost(tree, back)
+        return _difference(tree, back, more=True)  # a typed model may add defaults
     found = []
     for version in VERSIONS:
         try:
@@ -55,24 +55,16 @@ def _problems(tree: dict[str, Any]) -> list[str]:
     return found
 
 
-def _lost(tree: Any, back: Any, where: str = "") -> list[str]:
-    """What a typed model did not take over; defaults may be added."""
-    if isinstance(tree, dict) and isinstance(back, dict):
-        return [d for k in tree for d in _lost(tree[k], back.get(k), f"{where}.{k}")]
-    if isinstance(tree, list) and isinstance(back, list) and len(tree) == len(back):
-        pairs = enumerate(zip(tree, back))
-        return [d for i, (a, b) in pairs for d in _lost(a, b, f"{where}[{i}]")]
-    return [] if tree == back else [f"{where}: {tree!r} is taken as {back!r}"]
-
-
-def _difference(one: Any, other: Any, where: str = "") -> list[str]:
+def _difference(one: Any, other: Any, where: str = "", more: bool = False) -> list[str]:
+    """Where they differ; with ``more`` the other's mappings may have further keys."""
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = one.keys() | other.keys()
-        return [d for k in keys for d in _difference(one.get(k), other.get(k), f"{where}.{k}")]
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        pairs = enumerate(zip(one, other))
-        return [d for i, (a, b) in pairs for d in _difference(a, b, f"{where}[{i}]")]
-    return [] if one == other else [f"{where}: {one!r}, {other!r}"]
+        keys = one.keys() if more else one.keys() | other.keys()
+        pairs = [(f"{where}.{key}", one.get(key), other.get(key)) for key in keys]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(f"{where}[{i}]", a, b) for i, (a, b) in enumerate(zip(one, other))]
+    else:
+        return [] if one == other else [f"{where}: {one!r}, {other!r}"]
+    return [found for place, a, b in pairs for found in _difference(a, b, place, more)]
 
 
 @pytest.mark.parametrize("gpus", [False, True])

@@ -20,7 +20,7 @@ import yaml
 from cnsdiff_dist import launcher
 from tests.chaos.invariants import _distance, final_state
 from tests.chaos.store import LocalRun
-from tests.conftest import small_config
+from tests.conftest import free_port, small_config
 from tests.hosts import TwoHosts, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,7 +206,7 @@ def test_without_a_first_node(tmp_path: Path) -> None:
     with launched("train", "configs/demo.yaml", PET_NNODES="2") as box:
         assert ended(box) == (2, f"{SCRIPT[len(str(ROOT)) + 1:]}: PET_NNODES=2 needs "
                                   "PET_MASTER_ADDR, the first node\n")  # fmt: skip
-    there = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(_port())}
+    there = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free_port())}
     with launched(
         "train", "configs/demo.yaml", **there, PET_NODE_RANK="1", JOIN_SECONDS="2"
     ) as box:
@@ -218,12 +218,6 @@ def test_options_that_torchrun_refuses_are_one_line() -> None:
     with launched("train", "configs/demo.yaml", PET_NPROC_PER_NODE="many") as box:
         code, said = ended(box)
     assert code == 2 and said.startswith("cnsdiff: error: torchrun: ") and said.count("\n") == 1
-
-
-def _port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _status(port: int, path: str) -> int:
@@ -239,7 +233,7 @@ def _status(port: int, path: str) -> int:
 @pytest.mark.distributed
 def test_probes(dataset: str, tmp_path: Path) -> None:
     config = written_config(dataset, tmp_path, "run", epochs=4000, patience=100_000)
-    port = _port()
+    port = free_port()
     with launched("train", config, CNSDIFF_HEALTH_PORT=str(port)) as box:
         until(lambda: _status(port, "/ready") == 200, box)
         assert _status(port, "/healthz") == 200 and _status(port, "/") == 404

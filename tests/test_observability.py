@@ -30,7 +30,7 @@ from cnsdiff_dist.reporting import Screen
 from cnsdiff_dist.rundir import open_run
 from cnsdiff_dist.status import read_status
 from cnsdiff_dist.world import World
-from tests.conftest import small_config
+from tests.conftest import free_port, small_config
 from tests.s3server import KEY, SECRET
 from tests.test_survival import _committed, _long, _rank, _started, _torchrun, _wait
 from tests.test_train import _trainer
@@ -38,12 +38,6 @@ from tests.test_train import _trainer
 Capsys = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[1]
 DASHBOARD = ROOT / "launch/grafana/cnsdiff.json"
-
-
-def _free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _scrape(port: int) -> str:
@@ -90,7 +84,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    port = _free_port()
+    port = free_port()
     run, words = _long(
         dataset, tmp_path_factory.mktemp("watched"),
         checkpoint={"every_steps": 7, "keep": 100_000},
@@ -282,7 +276,7 @@ def test_all_that_two_ranks_print_is_json_over_a_restart(
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     run, words = _long(dataset, tmp_path, checkpoint={"every_steps": 5})
-    out, port = tmp_path / "out", _free_port()
+    out, port = tmp_path / "out", free_port()
     words.append(f"run.metrics_port={port}")
     options = ["--max-restarts", "1", "--monitor-interval", "0.1", "--log-dir", str(out)]
     with _started(*_torchrun(*options, "--redirects", "3", *words)) as process:

@@ -5,6 +5,8 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
+from cnsdiff_dist.errors import one_line
+
 _EPILOG = """\
 examples:
   cnsdiff status runs/demo
@@ -42,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _print(rows: list[tuple[str, str]]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -51,14 +54,8 @@ def _print(rows: list[tuple[str, str]]) -> None:
         return
     table = Table.grid(padding=(0, 2))
     for name, value in rows:
-        table.add_row(f"[bold]{name}[/bold]", _escaped(value))
+        table.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(table)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
@@ -83,7 +80,10 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [("checkpoint", _checkpoint(entry)) for entry in status["checkpoints"]]
     if not status["checkpoints"]:
         rows.append(("checkpoint", "none committed yet"))
-    rows += [("damaged", f"step {s['step']:,}: {_line(s['damage'])}") for s in status["damaged"]]
+    rows += [
+        ("damaged", f"step {s['step']:,}: {one_line(str(s['damage']), 300)}")
+        for s in status["damaged"]
+    ]
     return rows
 
 
@@ -133,12 +133,7 @@ def _checkpoint(entry: dict[str, Any]) -> str:
 
 
 def _known(value: Any) -> str:
-    return "unknown" if value is None else _line(str(value))
-
-
-def _line(text: Any) -> str:
-    """On one line, without terminal codes: it comes from a file."""
-    return "".join(mark if mark.isprintable() else "?" for mark in str(text))[:300]
+    return "unknown" if value is None else one_line(str(value), 300)
 
 
 def _time(when: float) -> str:

@@ -12,7 +12,6 @@ from cnsdiff_dist.errors import UserError
 if TYPE_CHECKING:
     from cnsdiff_dist.data.schema import Manifest
     from cnsdiff_dist.exporter import Exporter
-    from cnsdiff_dist.peers import Peers
     from cnsdiff_dist.preemption import Preemption
     from cnsdiff_dist.world import World
 
@@ -89,11 +88,11 @@ def train(config: Config, preemptible: bool = False) -> None:
         # Before the run is claimed: a second training on this host ends here, and harms no first.
         _exporter(config, manifest, world) as exporter,
     ):
-        _train(config, manifest, world, peers, preemption, preemptible, exporter)
+        _train(config, manifest, world, preemption, preemptible, exporter)
 
 
 def _train(
-    config: Config, manifest: "Manifest", world: "World", peers: "Peers",
+    config: Config, manifest: "Manifest", world: "World",
     preemption: "Preemption", preemptible: bool, exporter: "Exporter",
 ) -> None:  # fmt: skip
     from cnsdiff_dist.data.graph import open_graph
@@ -106,10 +105,6 @@ def _train(
     open_run(config, manifest, world)
     damaged: list[str] = []
     commit = trainer.resume(damaged.append)
-
-    def preempted() -> bool:
-        peers.step = trainer.progress.step
-        return preemption.asked.is_set()
 
     start, total = trainer.progress.step, trainer.total_steps
     logs.context.step = start
@@ -125,7 +120,7 @@ def _train(
             if commit:
                 reporter.committed(commit)
                 reporter.say(f"resumed from {storage.display(commit.url)}")
-        trainer.fit(reporter, preempted)
+        trainer.fit(reporter, preemption.asked.is_set)
         memory = world.peak_memory()
         if reporter:
             reporter.publish()
