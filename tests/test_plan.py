@@ -66,5 +66,12 @@ def test_the_order_of_blocks_and_the_order_inside_each_are_their_own() -> None:
     blocks = plan.blocks(0, 0)
     assert blocks != other.blocks(0, 0) and sorted(blocks) == sorted(other.blocks(0, 0))
     assert blocks != plan.blocks(1, 0)
-    first, second = (plan.block_order(0, 0, block) - block[0] for block in blocks[:2])
-    assert not np.array_equal(first, second)
+    orders = [plan.row_order(0, 0), plan.row_order(1, 0), other.row_order(0, 0)]
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert not any(np.array_equal(orders[a], orders[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_streams_have_orders_of_their_own() -> None:
+    plan = EpochPlan(1000, 100, 2, 100, seed=0)
+    assert not np.array_equal(plan.row_order(0, 0), plan.row_order(0, 1))
+    assert plan.blocks(0, 0) != [(a - 500, b - 500) for a, b in plan.blocks(0, 1)]

@@ -1,8 +1,8 @@
 """Which rows each canonical stream yields at each step: pure, integers in, arrays out.
 
 The train rows, in manifest order, are cut into C canonical streams of equal length
-(some end in one pad). A stream is cut into blocks; blocks and the rows inside them are
-shuffled by (seed, epoch, stream, block). A global step takes B / C rows from each
+(some end in one pad). A stream is cut into blocks; its blocks and the rows inside them are
+shuffled by (seed, epoch, stream). A global step takes B / C rows from each
 stream, and rank r of W serves the streams c with c mod W = r. So the global batches do
 not depend on W, every rank has the same number of steps, and the place in an epoch is
 just the step.
@@ -17,6 +17,7 @@ from cnsdiff_dist.errors import UserError
 
 PAD = -1
 _PURPOSE = 0  # draws.py has another, so that the two never share a stream
+_ROWS = 1  # in a key: not the order of the blocks
 Rows = npt.NDArray[np.int64]
 
 
@@ -71,18 +72,21 @@ class EpochPlan:
         order = _generator(self.seed, epoch, stream).permutation(len(cuts) - 1)
         return [(cuts[index], cuts[index + 1]) for index in order]
 
-    def block_order(self, epoch: int, stream: int, block: tuple[int, int]) -> Rows:
-        """The train rows of one block, in this epoch's order, int64 [stop - start]."""
-        return block[0] + self.order_in_block(epoch, stream, block)
+    def row_order(self, epoch: int, stream: int) -> Rows:
+        """In which order this epoch takes the rows of each of the stream's blocks, counted from
+        the block's first row: int64 [the longest block's rows].
 
-    def order_in_block(self, epoch: int, stream: int, block: tuple[int, int]) -> Rows:
-        """The same, counted from the block's first row."""
-        start, stop = block
-        return _generator(self.seed, epoch, stream, start).permutation(stop - start)
+        One for all blocks: a permutation costs half as much as decoding the rows, and the rows
+        already lie in a random order.
+        """
+        longest = min(self.block_rows, self.stream_rows)
+        return _generator(self.seed, epoch, stream, _ROWS).permutation(longest)
 
     def stream_order(self, epoch: int, stream: int) -> Rows:
         """All rows of a stream in this epoch's order, pads last: int64 [stream_rows]."""
-        parts = [self.block_order(epoch, stream, block) for block in self.blocks(epoch, stream)]
+        order = self.row_order(epoch, stream)
+        blocks = self.blocks(epoch, stream)
+        parts = [start + first_rows(order, stop - start) for start, stop in blocks]
         pads = self.stream_rows - sum(map(len, parts))
         return np.concatenate([*parts, np.full(pads, PAD, np.int64)])
 
@@ -90,6 +94,11 @@ class EpochPlan:
         """The rows a stream gives to a step: int64 [<= B / C]. For tests and tools."""
         width = self.rows_per_stream_step
         return self.stream_order(epoch, stream)[step * width : (step + 1) * width]
+
+
+def first_rows(order: Rows, count: int) -> Rows:
+    """A permutation of all rows of a block, as one of the ``count`` rows of a shorter block."""
+    return order if count == len(order) else order[order < count]
 
 
 def local_streams(streams: int, rank: int, world_size: int) -> list[int]:

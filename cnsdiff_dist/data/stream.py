@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.data.dataset import damage
-from cnsdiff_dist.data.plan import EpochPlan
+from cnsdiff_dist.data.plan import EpochPlan, Rows, first_rows
 from cnsdiff_dist.data.schema import INTERACTION_SCHEMA, Manifest, Shard, leading_bytes
 from cnsdiff_dist.errors import UserError
 
@@ -127,12 +127,13 @@ class TrainStream:
         self, pool: ThreadPoolExecutor, epoch: int, stream: int, skip: int
     ) -> Iterator[Pairs]:
         pending: deque[tuple[Future[Pairs], int]] = deque()
+        order = self._plan.row_order(epoch, stream)
         for block in self._plan.blocks(epoch, stream):
             rows = block[1] - block[0]
             if skip >= rows:
                 skip -= rows
                 continue
-            pending.append((pool.submit(self._shuffled_block, epoch, stream, block), skip))
+            pending.append((pool.submit(self._shuffled_block, block, order), skip))
             skip = 0
             if len(pending) > self._prefetch:
                 future, first = pending.popleft()
@@ -140,8 +141,8 @@ class TrainStream:
         for future, first in pending:
             yield future.result()[:, first:]
 
-    def _shuffled_block(self, epoch: int, stream: int, block: tuple[int, int]) -> Pairs:
-        order = self._plan.order_in_block(epoch, stream, block)
+    def _shuffled_block(self, block: tuple[int, int], order: Rows) -> Pairs:
+        order = first_rows(order, block[1] - block[0])
         pairs = np.empty((2, len(order)), np.int64)
         for side, ids in enumerate(self.read(*block)):
             # Straight into its place: temporaries of this size cost more than the work.
