@@ -7,6 +7,8 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +20,14 @@ from torch import Tensor
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.data.dataset import Side, read_id_blocks, read_ids
+from cnsdiff_dist.data.hashed import hashed_row
 from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.evaluator import owned, rank, train_interactions
 from cnsdiff_dist.trained import Trained
 
 Ids = npt.NDArray[np.int64]
+_SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # as it is written in a log
 _DONE = "_SUCCESS"  # readers of a Parquet directory skip names with an underscore
 _PART = re.compile(r"((users|items)/)?part-\d{5}\.parquet")
 
@@ -46,33 +51,46 @@ def write_embeddings(model: Trained, url: str, alpha: float = 0.0) -> None:
     _commit(model, url, {"dim": model.user_RD.shape[1], "alpha": alpha, **counts})
 
 
-def listed_users(model: Trained, file: str | None) -> Ids:
-    """The rows of the raw user ids in a text file, ascending, each once; all users without one.
+@dataclass(frozen=True)
+class Listed:
+    """Whom lists are for: table rows, int64 [n] ascending, and raw ids [n]. Users that share a row
+    are listed with it one after the other; ``hashed`` of them have none of their own."""
+
+    rows: Ids
+    names: pa.Array
+    hashed: int
+
+
+def listed_users(model: Trained, file: str) -> Listed:
+    """The users of a text file with a raw id on each line.
 
     Raises:
-        UserError: a line that is not a user of the dataset.
+        UserError: a line that is not a user of the dataset, unless it has rows for such users.
     """
-    users = model.manifest.users
-    if file is None:
-        return np.arange(users)
     lines = [line.strip() for line in storage.read_text(file).splitlines()]
-    numbers = [number for number, line in enumerate(lines, start=1) if line]
-    wanted = pa.array([line for line in lines if line], pa.string())
-    if not numbers:
+    wanted = list(dict.fromkeys(line for line in lines if line))
+    if not wanted:
         raise UserError(f"{storage.display(file)}: no user ids in it")
-    rows = np.full(len(wanted), -1, np.int64)
+    names, users = pa.array(wanted, pa.string()), model.manifest.users
+    rows, kind = np.full(len(names), -1, np.int64), names.type
     for first, ids in read_id_blocks(model.data_url, model.manifest, "users", range(users)):
-        place = pc.index_in(wanted, value_set=ids.cast(pa.string()))
+        place, kind = pc.index_in(names, value_set=ids.cast(pa.string())), ids.type
         found = place.is_valid().to_numpy(zero_copy_only=False)
         rows[found] = first + place.drop_null().to_numpy()
-    for line in np.flatnonzero(rows < 0):
-        where = f"{storage.display(file)} line {numbers[line]}"
-        raise UserError(f"{where}: {wanted[line].as_py()!r} is not a user of this dataset")
-    return np.unique(rows)
+    unknown = np.flatnonzero(rows < 0)
+    for index in unknown:
+        name = wanted[index]
+        if not model.manifest.hashed_users or (kind == pa.int64() and not _INTEGER.fullmatch(name)):
+            where = f"{storage.display(file)} line {lines.index(name) + 1}"
+            raise UserError(f"{where}: {name[:40]!r} is not a user of this dataset")
+        rows[index] = hashed_row(name, model.manifest)
+    order = np.argsort(rows, kind="stable")
+    return Listed(rows[order], names.take(pa.array(order)).cast(kind), len(unknown))
 
 
-def write_recommendations(model: Trained, url: str, users: Ids, k: int) -> int:
-    """Columns ``user``, ``item``, ``score``, ``rank``; train items left out. Collective.
+def write_recommendations(model: Trained, url: str, listed: Listed | None, k: int) -> int:
+    """Columns ``user``, ``item``, ``score``, ``rank``; train items left out; of all users unless
+    some are ``listed``. Collective.
 
     Each rank writes the lists of the users that it owns, as they come.
 
@@ -82,27 +100,34 @@ def write_recommendations(model: Trained, url: str, users: Ids, k: int) -> int:
     _begin(model, url)
     manifest, world = model.manifest, model.world
     items = read_ids(model.data_url, manifest, "items")["id"].combine_chunks()
-    own, mine = world.own(manifest.users), owned(users, manifest.users, world)
-    blocks = [ids for _, ids in read_id_blocks(model.data_url, manifest, "users", own)]
-    names = pa.chunked_array(blocks, items.type if not blocks else None).combine_chunks()
+    count = len(listed.rows) if listed else manifest.users
+    if listed is None:
+        own = world.own(manifest.users)
+        blocks = [ids for _, ids in read_id_blocks(model.data_url, manifest, "users", own)]
+        names = pa.chunked_array(blocks, items.type if not blocks else None).combine_chunks()
+        listed = Listed(np.arange(own.start, own.stop), names, 0)
+    mine = owned(np.unique(listed.rows), manifest.users, world)
     chunk, masks = model.config.evaluation.users_per_chunk, [train_interactions(model.graph)]
-    shape, rows = (manifest.users, manifest.items), 0
+    shape, written = (manifest.users, manifest.items), 0
     with _part(model, url) as write:
         for found in rank(model.user_RD, model.item_RD, mine, masks, k, chunk, shape, world):
-            row, column = np.nonzero(np.isfinite(found.scores))
-            rows += len(row)
+            first, stop = (np.searchsorted(listed.rows, found.users, side) for side in _SIDES)
+            list_N = np.repeat(np.arange(len(first)), stop - first)  # whose list a user has
+            user_N = first[list_N] + np.arange(len(list_N)) - np.searchsorted(list_N, list_N)
+            row, column = np.nonzero(np.isfinite(found.scores[list_N]))
+            written += len(row)
             write(
                 pa.table(
                     {
-                        "user": names.take(pa.array(found.users[row] - own.start)),
-                        "item": items.take(pa.array(found.items[row, column])),
-                        "score": found.scores[row, column],
+                        "user": listed.names.take(pa.array(user_N[row])),
+                        "item": items.take(pa.array(found.items[list_N[row], column])),
+                        "score": found.scores[list_N[row], column],
                         "rank": (column + 1).astype(np.int32),
                     }
                 )
             )
-    total = int(world.sum(torch.tensor([rows], device=world.device)))
-    _commit(model, url, {"k": k, "users": len(users), "rows": total})
+    total = int(world.sum(torch.tensor([written], device=world.device)))
+    _commit(model, url, {"k": k, "users": count, "rows": total})
     return total
 
 

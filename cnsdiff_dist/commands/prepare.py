@@ -149,6 +149,21 @@ def _add_splitting(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="popularity buckets of items (default %(default)s)",
     )
+    group.add_argument(
+        "--hashed-users",
+        type=_natural,
+        default=0,
+        metavar="N",
+        help="rare users share N rows by a hash of their id, and so do users that come later: "
+        "`recommend` serves them (default 0: each has its own, and unknown ones are an error)",
+    )
+    group.add_argument(
+        "--hashed-below",
+        type=_count,
+        default=5,
+        metavar="K",
+        help="of --hashed-users: rare is who has fewer than K train rows (default %(default)s)",
+    )
     group.add_argument("--seed", type=_natural, default=0, metavar="S", help="default 0")
 
 
@@ -215,6 +230,8 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
         environments=args.environments,
         drop_duplicates=args.duplicates == "drop",
         drop_unknown=args.unknown == "drop",
+        hashed_users=args.hashed_users,
+        hashed_below=args.hashed_below,
         name=args.name,
         seed=args.seed,
         overwrite=args.overwrite,

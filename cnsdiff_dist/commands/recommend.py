@@ -41,8 +41,10 @@ def run(args: argparse.Namespace) -> None:
     if args.k < 1:
         raise UserError(f"--k {args.k}: lists have at least 1 item")
     model, alpha = open_trained(args.run_url, args.data).with_alpha(args.alpha)
-    users = listed_users(model, args.users)
-    rows = write_recommendations(model, args.url, users, args.k)
+    listed = listed_users(model, args.users) if args.users else None
+    rows = write_recommendations(model, args.url, listed, args.k)
     if model.world.is_main:
         where = storage.display(args.url)
-        print(f"{rows} recommendations for {len(users)} users in {where}, alpha {alpha:g}")
+        users = len(listed.rows) if listed else model.manifest.users
+        shared = f" ({listed.hashed} by shared rows)" if listed and listed.hashed else ""
+        print(f"{rows} recommendations for {users} users{shared} in {where}, alpha {alpha:g}")

@@ -16,6 +16,7 @@ import duckdb
 from cnsdiff_dist import storage
 from cnsdiff_dist.data import export, stages, writer
 from cnsdiff_dist.data.dataset import MANIFEST
+from cnsdiff_dist.data.hashed import share_rows
 from cnsdiff_dist.data.ingest import Say, create_raw, ingest
 from cnsdiff_dist.data.readers import Log, LogFormat
 from cnsdiff_dist.data.schema import SPLITS, Manifest
@@ -32,7 +33,8 @@ class Recipe:
     ``given`` says that the logs are splits already: then only validation is cut from train.
     ``shift`` is one of SHIFTS, or None for given splits whose shift is not named. Fractions are
     of the rows that are left when their split is cut, in the order test_ood, test_iid,
-    valid_ood, valid_iid. ``synthetic`` replaces the sources.
+    valid_ood, valid_iid. ``synthetic`` replaces the sources. Users with fewer than ``hashed_below``
+    train rows share ``hashed_users`` rows, if that is not 0.
     """
 
     out: str
@@ -48,6 +50,8 @@ class Recipe:
     environments: int = 5
     drop_duplicates: bool = False
     drop_unknown: bool = False
+    hashed_users: int = 0
+    hashed_below: int = 5
     name: str = ""
     seed: int = 0
     overwrite: bool = False
@@ -147,6 +151,8 @@ def _build(
     dropped["cold"] = stages.drop_cold(db, logs, allowed)
     if not stages.count(db, "train"):
         raise UserError(f"{storage.display(files[0][1])}: no train row is left; lower --min-rating")
+    if recipe.hashed_users:
+        dropped["hashed"] = share_rows(db, recipe.hashed_users, recipe.hashed_below)
     export.number_ids(db)
     stages.protect(db)
     for split, shift, fraction in _cuts(recipe, sources):
@@ -211,6 +217,7 @@ def _write_manifest(
         name=recipe.name or storage.display(recipe.out).rstrip("/").rpartition("/")[2],
         shift=_shift(recipe),
         dropped=dropped,
+        hashed_users=recipe.hashed_users,
         digest="",
         **parts.__dict__,
     )

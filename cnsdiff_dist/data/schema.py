@@ -118,7 +118,8 @@ class Manifest(_Strict):
 
     ``columns`` are those of the splits; ``shift`` says how they were made; ``environment_edges``
     are train degrees of items, ascending; ``dropped`` counts input rows by why they are in no
-    split; ``digest`` is the sha256 of everything here but ``name``.
+    split; ``hashed_users`` are the rows that rare and unknown users share (data/hashed.py);
+    ``digest`` is the sha256 of everything here but ``name``.
     """
 
     schema_version: Literal[3]
@@ -132,6 +133,7 @@ class Manifest(_Strict):
     graph: Graph
     environment_edges: list[int]
     dropped: dict[str, int]
+    hashed_users: Count = 0
     digest: str
 
     @model_validator(mode="after")
@@ -140,6 +142,8 @@ class Manifest(_Strict):
             raise ValueError("no train split, or no id map of users or items")
         if any(a > b for a, b in pairwise(self.environment_edges)):
             raise ValueError("environment_edges do not ascend")
+        if self.hashed_users > self.users:
+            raise ValueError("more hashed_users than users")
         return self
 
     @property

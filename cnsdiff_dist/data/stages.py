@@ -111,7 +111,8 @@ def protect(db: Database) -> None:
         WITH placed AS (SELECT "user", item, {place} AS place FROM rows WHERE split = 0),
              of_user AS (SELECT "user", min(place) AS first FROM placed GROUP BY "user"),
              of_item AS (SELECT item, min(place) AS first FROM placed GROUP BY item)
-        SELECT rows.* REPLACE (split = 0 AND {place} IN (of_user.first, of_item.first) AS kept)
+        SELECT rows.* REPLACE (
+            kept OR split = 0 AND {place} IN (of_user.first, of_item.first) AS kept)
         FROM rows JOIN of_user USING ("user") JOIN of_item USING (item)
     """)
     db.execute("DROP TABLE rows; ALTER TABLE marked RENAME TO rows")
