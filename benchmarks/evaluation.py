@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import alternated, machine, ratio, report
-from cnsdiff_dist.evaluator import rank
+from cnsdiff_dist.evaluator import ExactSearch, rank
 from cnsdiff_dist.metrics import Interactions
 from cnsdiff_dist.world import join_world
 
@@ -33,10 +33,10 @@ def main() -> None:
     known = np.random.default_rng(0).integers(args.items, size=args.users * args.masked)
     owners = np.repeat(np.arange(args.users), args.masked)
     masks = [Interactions.from_pairs(owners, known, (args.users, args.items))]
-    everyone, shape = np.arange(args.users), (args.users, args.items)
+    search = ExactSearch(item, range(args.items), masks, K)
 
     def ours() -> None:
-        for _ in rank(user, item, everyone, masks, K, CHUNK, shape, world):
+        for _ in rank(user, np.arange(args.users), search, CHUNK, args.users, world):
             pass
 
     def bare() -> None:

@@ -7,7 +7,7 @@ Shapes: B users of a chunk, E of everybody's chunks, R own rows, C own items at 
 embedding dim, K list length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from cnsdiff_dist.world import World
 
 Ids = npt.NDArray[np.int64]
 ITEMS = 16_384  # scored at a time
-_MASKED = torch.finfo(torch.float32).min
+MASKED = torch.finfo(torch.float32).min
 
 
 class Evaluator:
@@ -76,11 +76,11 @@ class Evaluator:
         own_degree = self._graph.item_degree(np.arange(own.start, own.stop))
         own_environment = manifest.environment_of(own_degree)
         sums = RankingSums(self._config.k, manifest.environments, own_degree)
-        ranked = rank(
-            user_RD, item_RD, self._users, self._masks, max(self._config.k),
-            self._config.users_per_chunk, (manifest.users, manifest.items), self._world, offset_R,
-        )  # fmt: skip
-        for found in ranked:
+        search = ExactSearch(
+            item_RD, own, self._masks, min(max(self._config.k), manifest.items), offset_R
+        )
+        chunk = self._config.users_per_chunk
+        for found in rank(user_RD, self._users, search, chunk, manifest.users, self._world):
             relevant_row, relevant_item = self._relevant.of(found.users)
             environment = manifest.environment_of(self._graph.item_degree(relevant_item))
             sums.add(found.items, relevant_row, relevant_item, environment, manifest.items)
@@ -143,18 +143,22 @@ class Ranked:
     everyones: Ids
 
 
+Search = Callable[[Tensor, Ids], tuple[Tensor, Tensor]]
+"""Everybody's vectors [E, D] and their users, -1 where there is none, to the K best of this rank's
+items for each, best first: scores and items [E, K]. What is no recommendation scores at most
+``MASKED``."""
+
+
 @torch.no_grad()
 def rank(
-    user_RD: Tensor, item_RD: Tensor, users: Ids, masks: list[Interactions], k: int, chunk: int,
-    shape: tuple[int, int], world: World, offset_R: Tensor | None = None,
-) -> Iterator[Ranked]:  # fmt: skip
-    """Rank every item for some of the users that this rank owns, up to ``chunk`` at a time;
-    ``shape`` is (users, items) of the dataset; ``offset_R`` is added to the scores of this
-    rank's items. Collective: every rank iterates to the end.
+    user_RD: Tensor, users: Ids, search: Search, chunk: int, of: int, world: World
+) -> Iterator[Ranked]:
+    """The best items of all ranks for some of the users that this rank owns of ``of`` users, up to
+    ``chunk`` at a time. Collective: every rank iterates to the end.
 
-    Masked items score -inf; they appear only where a user has fewer than K others.
+    What ``search`` has masked scores -inf; it appears only where a user has fewer than K others.
     """
-    device, first, k = world.device, world.own(shape[0]).start, min(k, shape[1])
+    device, first = world.device, world.own(of).start
     counts = world.gather(torch.tensor([len(users)], device=device))[:, 0].tolist()
     for start in range(0, max(counts), chunk):
         size = min(chunk, max(counts) - start)
@@ -165,47 +169,64 @@ def rank(
         vector_BD[: len(some)] = user_RD[torch.from_numpy(some - first)].to(device)
         everyone = world.gather(row_B1).flatten().cpu().numpy()
         vector_ED = world.gather(vector_BD).flatten(0, 1)
-        own = _rank_own(vector_ED, item_RD, offset_R, everyone, masks, k, world.own(shape[1]))
-        score_EK, item_EK = _merged(*own, k, world)
+        score_EK, item_EK = _merged(*search(vector_ED, everyone), world)
         mine = slice(world.rank * size, world.rank * size + len(some))
         lists = item_EK.cpu().numpy()
         yield Ranked(some, score_EK[mine].cpu().numpy(), lists[mine], lists[everyone >= 0])
 
 
-def _rank_own(
-    user_ED: Tensor, item_RD: Tensor, offset_R: Tensor | None, users: Ids,
-    masks: list[Interactions], k: int, own: range,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The K best of this rank's items for everybody's users, piece by piece. Fewer than K are
-    filled up with -inf; a masked item scores more than that, so that it is never lost to it."""
-    real = np.flatnonzero(users >= 0)
-    pairs = [mask.of(users[real]) for mask in masks]
-    row, item = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    order = np.argsort(item)
-    row, item = real[row[order]], item[order] - own.start
-    best_EK = user_ED.new_full((len(user_ED), k), -torch.inf)
-    item_EK = torch.zeros_like(best_EK, dtype=torch.int64)
-    room_EC = user_ED.new_empty(len(user_ED) * ITEMS)  # fresh memory costs more than the product
-    for start in range(0, len(own), ITEMS):
-        piece_DC = item_RD[start : start + ITEMS].to(user_ED.device).t()
+@dataclass(frozen=True)
+class ExactSearch:
+    """Scores every item that this rank owns (``own``, with vectors ``item_RD`` and what is added to
+    their scores), piece by piece. What ``masks`` have is masked."""
+
+    item_RD: Tensor
+    own: range
+    masks: list[Interactions]
+    k: int
+    offset_R: Tensor | None = None
+
+    def __call__(self, user_ED: Tensor, users: Ids) -> tuple[Tensor, Tensor]:
+        row, item = self.masked(users)
+        order = np.argsort(item)
+        row, item = row[order], item[order]
+        # Filled up with -inf; a masked item scores more than that, so that it is never lost to it.
+        best_EK = user_ED.new_full((len(user_ED), self.k), -torch.inf)
+        item_EK = torch.zeros_like(best_EK, dtype=torch.int64)
+        room_EC = user_ED.new_empty(
+            len(user_ED) * ITEMS
+        )  # fresh memory costs more than the product
+        for start in range(0, len(self.own), ITEMS):
+            score_EC = self._scores(user_ED, start, room_EC)
+            here = slice(*np.searchsorted(item, [start, start + score_EC.shape[1]]))
+            at = (torch.from_numpy(part[here]).to(user_ED.device) for part in (row, item - start))
+            score_EC[tuple(at)] = MASKED
+            piece_EK, column_EK = top_k(score_EC, self.k)
+            items = torch.cat([item_EK, column_EK + (self.own.start + start)], 1)
+            best_EK, place_EK = torch.topk(torch.cat([best_EK, piece_EK], 1), self.k, dim=1)
+            item_EK = items.gather(1, place_EK)
+        return best_EK, item_EK
+
+    def _scores(self, user_ED: Tensor, start: int, room_EC: Tensor) -> Tensor:
+        piece_DC = self.item_RD[start : start + ITEMS].to(user_ED.device).t()
         score_EC = room_EC[: len(user_ED) * piece_DC.shape[1]].view(len(user_ED), -1)
-        if offset_R is None:
-            torch.mm(user_ED, piece_DC, out=score_EC)
-        else:
-            offset_C = offset_R[start : start + ITEMS].to(user_ED.device)
-            torch.addmm(offset_C, user_ED, piece_DC, out=score_EC)
-        here = slice(*np.searchsorted(item, [start, start + piece_DC.shape[1]]))
-        at = (torch.from_numpy(part[here]).to(user_ED.device) for part in (row, item - start))
-        score_EC[tuple(at)] = _MASKED
-        piece_EK, column_EK = top_k(score_EC, k)
-        items = torch.cat([item_EK, column_EK + (own.start + start)], 1)
-        best_EK, place_EK = torch.topk(torch.cat([best_EK, piece_EK], 1), k, dim=1)
-        item_EK = items.gather(1, place_EK)
-    return best_EK, item_EK
+        if self.offset_R is None:
+            return torch.mm(user_ED, piece_DC, out=score_EC)
+        offset_C = self.offset_R[start : start + ITEMS].to(user_ED.device)
+        return torch.addmm(offset_C, user_ED, piece_DC, out=score_EC)
+
+    def masked(self, users: Ids) -> tuple[Ids, Ids]:
+        """The masked pairs among this rank's items: positions in ``users``, and items counted
+        from the first own one."""
+        real = np.flatnonzero(users >= 0)
+        pairs = [mask.of(users[real]) for mask in self.masks]
+        row, item = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        mine = (item >= self.own.start) & (item < self.own.stop)
+        return real[row[mine]], item[mine] - self.own.start
 
 
-def _merged(score_EK: Tensor, item_EK: Tensor, k: int, world: World) -> tuple[Tensor, Tensor]:
+def _merged(score_EK: Tensor, item_EK: Tensor, world: World) -> tuple[Tensor, Tensor]:
     """The K best of all ranks' lists."""
     scores, items = (world.gather(part).transpose(0, 1).flatten(1) for part in (score_EK, item_EK))
-    best_EK, place_EK = torch.topk(scores, k, dim=1)
-    return best_EK.masked_fill(best_EK <= _MASKED, -torch.inf), items.gather(1, place_EK)
+    best_EK, place_EK = torch.topk(scores, score_EK.shape[1], dim=1)
+    return best_EK.masked_fill(best_EK <= MASKED, -torch.inf), items.gather(1, place_EK)

@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 
 from cnsdiff_dist import storage
+from cnsdiff_dist.approximate import ApproximateSearch, recall_sums
 from cnsdiff_dist.data.dataset import Side, read_id_blocks, read_ids
 from cnsdiff_dist.data.hashed import hashed_row
 from cnsdiff_dist.errors import UserError
-from cnsdiff_dist.evaluator import owned, rank, train_interactions
+from cnsdiff_dist.evaluator import ExactSearch, Search, owned, rank, train_interactions
 from cnsdiff_dist.trained import Trained
 
 Ids = npt.NDArray[np.int64]
 _SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # as it is written in a log
+_SAMPLE = 512  # users, of all ranks, on whom an approximate search is tried
 _DONE = "_SUCCESS"  # readers of a Parquet directory skip names with an underscore
 _PART = re.compile(r"((users|items)/)?part-\d{5}\.parquet")
 
@@ -88,11 +90,43 @@ def listed_users(model: Trained, file: str) -> Listed:
     return Listed(rows[order], names.take(pa.array(order)).cast(kind), len(unknown))
 
 
-def write_recommendations(model: Trained, url: str, listed: Listed | None, k: int) -> int:
-    """Columns ``user``, ``item``, ``score``, ``rank``; train items left out; of all users unless
-    some are ``listed``. Collective.
+def make_search(model: Trained, k: int, wanted: float | None) -> tuple[Search, dict[str, float]]:
+    """Of the K best items, train items masked: all of them, or the ``wanted`` share, for which an
+    index is tuned on some users. Collective.
 
-    Each rank writes the lists of the users that it owns, as they come.
+    Returns:
+        the search, and what a reader should know of it: ``k``, and for an index ``recall``, the
+        share of the exact lists' items that it finds for other users.
+    """
+    own, world = model.world.own(model.manifest.items), model.world
+    masks = [train_interactions(model.graph)]
+    exact = ExactSearch(model.item_RD, own, masks, min(k, model.manifest.items))
+    if wanted is None:
+        return exact, {"k": k}
+    search, mine = ApproximateSearch(exact, wanted), world.own(model.manifest.users)
+    step = max(model.manifest.users // _SAMPLE, 1)
+    some, others = (np.arange(mine.start + at, mine.stop, step) for at in (0, step // 2))
+    _lists(model, some, search.tune)
+    sums = recall_sums(_lists(model, others, search), _lists(model, others, exact))
+    hits, of = world.sum(torch.tensor(sums, device=world.device)).tolist()
+    return search, {"k": k, "recall": hits / max(of, 1)}
+
+
+def _lists(model: Trained, users: Ids, search: Search) -> Ids:
+    """The items of these users' lists, -1 where there is none."""
+    ranked = rank(model.user_RD, users, search, _SAMPLE, model.manifest.users, model.world)
+    lists = [np.where(np.isfinite(found.scores), found.items, -1) for found in ranked]
+    return np.concatenate(lists) if lists else np.empty((0, 0), np.int64)
+
+
+def write_recommendations(
+    model: Trained, url: str, listed: Listed | None, search: Search, record: dict[str, float]
+) -> int:
+    """Columns ``user``, ``item``, ``score``, ``rank`` of what ``search`` finds; of all users
+    unless some are ``listed``. Collective.
+
+    Each rank writes the lists of the users that it owns, as they come; ``record`` goes into
+    ``_SUCCESS``.
 
     Returns:
         rows written by all ranks.
@@ -107,10 +141,9 @@ def write_recommendations(model: Trained, url: str, listed: Listed | None, k: in
         names = pa.chunked_array(blocks, items.type if not blocks else None).combine_chunks()
         listed = Listed(np.arange(own.start, own.stop), names, 0)
     mine = owned(np.unique(listed.rows), manifest.users, world)
-    chunk, masks = model.config.evaluation.users_per_chunk, [train_interactions(model.graph)]
-    shape, written = (manifest.users, manifest.items), 0
+    chunk, written = model.config.evaluation.users_per_chunk, 0
     with _part(model, url) as write:
-        for found in rank(model.user_RD, model.item_RD, mine, masks, k, chunk, shape, world):
+        for found in rank(model.user_RD, mine, search, chunk, manifest.users, world):
             first, stop = (np.searchsorted(listed.rows, found.users, side) for side in _SIDES)
             list_N = np.repeat(np.arange(len(first)), stop - first)  # whose list a user has
             user_N = first[list_N] + np.arange(len(list_N)) - np.searchsorted(list_N, list_N)
@@ -127,7 +160,7 @@ def write_recommendations(model: Trained, url: str, listed: Listed | None, k: in
                 )
             )
     total = int(world.sum(torch.tensor([written], device=world.device)))
-    _commit(model, url, {"k": k, "users": count, "rows": total})
+    _commit(model, url, {**record, "users": count, "rows": total})
     return total
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cnsdiff_dist.evaluator import rank
+from cnsdiff_dist.evaluator import ExactSearch, rank
 from cnsdiff_dist.metrics import Interactions, RankingSums, top_k
 from cnsdiff_dist.world import World
 
@@ -78,7 +78,8 @@ def test_ranking_masks_and_orders_like_a_plain_sort(world: World) -> None:
         Interactions.from_pairs(*np.nonzero(part), (9, 300))
         for part in (seen & (np.arange(300) % 2 == 0), seen & (np.arange(300) % 2 == 1))
     ]
-    chunks = list(rank(user, item, np.array([0, 1, 4, 8]), masks, 7, 3, (9, 300), world))
+    search = ExactSearch(item, range(300), masks, 7)
+    chunks = list(rank(user, np.array([0, 1, 4, 8]), search, 3, 9, world))
     assert [len(found.users) for found in chunks] == [3, 1]
     for found in chunks:
         for u, row_scores, row_items in zip(found.users, found.scores, found.items, strict=True):
