@@ -83,6 +83,8 @@ class ShardedTables:
         )
         if on_cpu:
             _pool_single_rows(self._model)
+        if world.size == 1:
+            _keep_order(self._model)
         self._initialise(config.init_std, seed)
 
     def _initialise(self, std: float, seed: int) -> None:
@@ -107,18 +109,7 @@ class ShardedTables:
             lengths=to_device(torch.tensor([len(users), len(items)]), users.device),
         )
         found = self._model(features)
-        parts = [found[table].values() for table in TABLES]
-        # TorchRec splits one tensor for the tables. Joining the parts again would copy it, and its
-        # gradient: a fourteenth of a step on two ranks.
-        whole = parts[0]._base
-        if (
-            whole is not None
-            and whole is parts[1]._base
-            and len(whole) == sum(map(len, parts))
-            and whole.data_ptr() == parts[0].data_ptr()
-        ):
-            return whole
-        return torch.cat(parts)
+        return _joined([found[table].values() for table in TABLES]).view(-1, self.dim)
 
     @torch.no_grad()
     def own_rows(self, table: str) -> Tensor:
@@ -186,6 +177,23 @@ def described(
     return collection
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts one after the other, perhaps flat.
+
+    TorchRec splits one tensor among the tables. To join its parts again would copy it, and later
+    its gradient: a tenth of a step.
+    """
+    whole = parts[0]._base
+    if (
+        whole is not None
+        and all(part._base is whole for part in parts)
+        and whole.numel() == sum(part.numel() for part in parts)
+        and whole.data_ptr() == parts[0].data_ptr()
+    ):
+        return whole
+    return torch.cat(parts)
+
+
 def _pool_single_rows(model: DistributedModelParallel) -> None:
     """Have FBGEMM's CPU kernels sum bags of one row instead of looking rows up one by one.
 
@@ -204,6 +212,20 @@ def _pool_single_rows(model: DistributedModelParallel) -> None:
         for kernel in (part.emb_module for part in lookup._emb_modules):
             kernel.pooling_mode = PoolingMode.SUM
             kernel.register_forward_pre_hook(a_bag_a_row, with_kwargs=True)
+
+
+def _keep_order(model: DistributedModelParallel) -> None:
+    """Spare a world of one the permutation of rows from their owners' order into that of the ids:
+    with one owner the two are the same, but each way it costs a copy, and backward a scatter."""
+    sharded: Any = model.module
+    compute = sharded.compute_and_output_dist
+
+    def without_permutation(context: Any, features: Any) -> Any:
+        for sharding in context.sharding_contexts:
+            sharding.unbucketize_permute_tensor = None
+        return compute(context, features)
+
+    sharded.compute_and_output_dist = without_permutation
 
 
 def _refuse_without_gpu(config: Tables, world: World) -> None:
