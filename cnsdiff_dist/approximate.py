@@ -21,7 +21,7 @@ from cnsdiff_dist.evaluator import MASKED, ExactSearch, Ids
 
 _POINTS = 64  # items per cell that k-means sees
 _DEARER = 8  # an item of a visited cell, than one of a matrix product (docs/benchmarks.md)
-_WIDER = 4  # in each round, for the users who have more masked items than it searches
+_MASKED_PER_K = 8  # items at most of a user who is worth an index: it finds as many more than K
 
 
 def recall_sums(found_EK: Ids, exact_EK: Ids) -> tuple[int, int]:
@@ -34,49 +34,67 @@ def recall_sums(found_EK: Ids, exact_EK: Ids) -> tuple[int, int]:
 class ApproximateSearch:
     """A :data:`Search` like the exact one, whose items it indexes; :meth:`tune` it first.
 
-    Holds the rank's vectors once more, on the host.
+    Holds the rank's vectors once more, on the host. Users whose lists an index would not fill, or
+    not cheaply, since they mask much of what it finds, get exact ones.
     """
 
     def __init__(self, exact: ExactSearch, wanted: float) -> None:
         self._exact, self._wanted = exact, wanted
         self._index = _indexed(exact.item_RD.float().cpu().numpy())
-        self._scores_all = False
+        self.scores_all = False
 
     def tune(self, user_ED: Tensor, users: Ids) -> tuple[Tensor, Tensor]:
         """Visit as many more cells as these users need; if that is no cheaper than to score every
         item, do that from now on. A :data:`Search` itself: of their lists."""
-        exact_EK = _listed(*self._exact(user_ED, users))
-        while not self._scores_all:
-            found = self(user_ED, users)
-            hits, of = recall_sums(_listed(*found), exact_EK)
+        real = np.flatnonzero(users >= 0)
+        vectors, some = user_ED[torch.from_numpy(real)], users[real]
+        exact_EK = _listed(*self._exact(vectors, some))
+        while not self.scores_all:
+            hits, of = recall_sums(_listed(*self(vectors, some)), exact_EK)
             if hits >= self._wanted * of:
-                return found
+                break
             self._index.nprobe *= 2
-            self._scores_all = self._index.nprobe * _DEARER > self._index.nlist
-        return self._exact(user_ED, users)
+            self.scores_all = self._index.nprobe * _DEARER > self._index.nlist
+        return self(user_ED, users)
 
     def __call__(self, user_ED: Tensor, users: Ids) -> tuple[Tensor, Tensor]:
-        if self._scores_all:
+        if self.scores_all:
             return self._exact(user_ED, users)
-        k, own = self._exact.k, self._exact.own
-        vector_ED = user_ED.float().cpu().numpy()
-        score_EK = np.full((len(users), k), -np.inf, np.float32)
-        item_EK = np.zeros((len(users), k), np.int64)
+        k = self._exact.k
         row, item = self._exact.masked(users)
         masked = np.bincount(row, minlength=len(users))
-        pairs = row * len(own) + item
-        left, width = np.flatnonzero(users >= 0), 2 * k
-        while len(left) and len(own):
-            some = left[masked[left] + k <= width] if width < len(own) else left
-            scores, items = self._index.search(vector_ED[some], min(width, len(own)))
-            none = (items < 0) | np.isin(some[:, None] * len(own) + items, pairs)
-            scores[none] = -np.inf
-            best = np.argsort(none, axis=1, kind="stable")[:, :k]  # they are sorted already
-            score_EK[some, : best.shape[1]] = np.take_along_axis(scores, best, 1)
-            item_EK[some, : best.shape[1]] = np.take_along_axis(items, best, 1) + own.start
-            left, width = np.setdiff1d(left, some), _WIDER * width
-        device = user_ED.device
-        return torch.from_numpy(score_EK).to(device), torch.from_numpy(item_EK).to(device)
+        light = (users >= 0) & (masked <= _MASKED_PER_K * k)
+        score_EK = user_ED.new_full((len(users), k), -torch.inf)
+        item_EK = torch.zeros_like(score_EK, dtype=torch.int64)
+        self._visit(user_ED, light, (row[light[row]], item[light[row]]), score_EK, item_EK)
+        there = np.minimum(k, len(self._exact.own) - masked)
+        found = (score_EK > MASKED).sum(1).cpu().numpy()
+        short = torch.from_numpy(np.flatnonzero((users >= 0) & (found < there)))
+        if len(short):
+            score_EK[short], item_EK[short] = self._exact(user_ED[short], users[short.numpy()])
+        return score_EK, item_EK
+
+    def _visit(
+        self, user_ED: Tensor, light: npt.NDArray[np.bool_], masked: tuple[Ids, Ids],
+        score_EK: Tensor, item_EK: Tensor,
+    ) -> None:  # fmt: skip
+        """Write the lists of the ``light`` users, who mask these few (row, item)."""
+        k, own = self._exact.k, self._exact.own
+        some = np.flatnonzero(light)
+        most = np.bincount(masked[0], minlength=1).max()
+        width = min(k + int(most), len(own))
+        if not len(some) or not width:
+            return
+        place = torch.from_numpy(some)
+        scores, items = self._index.search(user_ED[place].float().cpu().numpy(), width)
+        pairs = masked[0] * len(own) + masked[1]
+        none = (items < 0) | np.isin(some[:, None] * len(own) + items, pairs)
+        best = np.argsort(none, axis=1, kind="stable")[:, :k]  # they are sorted already
+        scores[none] = -np.inf
+        for lists, values in ((score_EK, scores), (item_EK, items + own.start)):
+            lists[place, : best.shape[1]] = torch.from_numpy(
+                np.take_along_axis(values, best, 1)
+            ).to(lists)
 
 
 def _listed(score_EK: Tensor, item_EK: Tensor) -> Ids:

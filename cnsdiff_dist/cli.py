@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import warnings
+from typing import NoReturn
 
 from cnsdiff_dist import logs
 from cnsdiff_dist.commands import (
@@ -46,19 +47,19 @@ several processes: PET_NPROC_PER_NODE=2 launch/torchrun.sh train configs/demo.ya
 
 def main(words: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = _parse(words)
     quiet()
-    if "cleans_up" in args and threading.current_thread() is threading.main_thread():
-        # A batch system stops a job by SIGTERM: clean up as for Ctrl-C.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return exit_code_of(lambda: _run(args))
+        return exit_code_of(lambda: _run(words))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(words: list[str] | None) -> None:
+    args = _parse(words)
+    if "cleans_up" in args and threading.current_thread() is threading.main_thread():
+        # A batch system stops a job by SIGTERM: clean up as for Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     if logs.chosen() not in logs.FORMATS:
         raise UserError(f"{logs.VARIABLE}={logs.chosen()}: text or json")
     args.run(args)
@@ -87,8 +88,15 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     return args
 
 
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="cnsdiff",
         description="Train recommenders that keep working when the data shifts.",
         epilog=_EPILOG,

@@ -7,6 +7,7 @@ Shapes: B users of a chunk, E of everybody's chunks, R own rows, C own items at 
 embedding dim, K list length.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -178,13 +179,14 @@ def rank(
 @dataclass(frozen=True)
 class ExactSearch:
     """Scores every item that this rank owns (``own``, with vectors ``item_RD`` and what is added to
-    their scores), piece by piece. What ``masks`` have is masked."""
+    their scores), piece by piece. What ``masks`` have of the first ``masking`` users is masked."""
 
     item_RD: Tensor
     own: range
     masks: list[Interactions]
     k: int
     offset_R: Tensor | None = None
+    masking: int = sys.maxsize
 
     def __call__(self, user_ED: Tensor, users: Ids) -> tuple[Tensor, Tensor]:
         row, item = self.masked(users)
@@ -218,7 +220,7 @@ class ExactSearch:
     def masked(self, users: Ids) -> tuple[Ids, Ids]:
         """The masked pairs among this rank's items: positions in ``users``, and items counted
         from the first own one."""
-        real = np.flatnonzero(users >= 0)
+        real = np.flatnonzero((users >= 0) & (users < self.masking))
         pairs = [mask.of(users[real]) for mask in self.masks]
         row, item = (np.concatenate(side) for side in zip(*pairs, strict=True))
         mine = (item >= self.own.start) & (item < self.own.stop)

@@ -1,6 +1,7 @@
 """What leaves a run: embeddings and top-K lists, as Parquet with raw ids.
 
-Each rank writes its own part; ``_SUCCESS``, a line of JSON, is written last.
+Each rank writes its own part; ``_SUCCESS``, a line of JSON, is written last. Until then there is
+``_INCOMPLETE``, and so there is where a process was killed: what lies there is replaced.
 """
 
 import json
@@ -23,15 +24,23 @@ from cnsdiff_dist.approximate import ApproximateSearch, recall_sums
 from cnsdiff_dist.data.dataset import Side, read_id_blocks, read_ids
 from cnsdiff_dist.data.hashed import hashed_row
 from cnsdiff_dist.errors import UserError
-from cnsdiff_dist.evaluator import ExactSearch, Search, owned, rank, train_interactions
+from cnsdiff_dist.evaluator import (
+    ExactSearch,
+    Ranked,
+    Search,
+    owned,
+    rank,
+    train_interactions,
+)
 from cnsdiff_dist.trained import Trained
 
 Ids = npt.NDArray[np.int64]
 _SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
-_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # as it is written in a log
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")  # as it is written in a log
 _SAMPLE = 512  # users, of all ranks, on whom an approximate search is tried
-_DONE = "_SUCCESS"  # readers of a Parquet directory skip names with an underscore
-_PART = re.compile(r"((users|items)/)?part-\d{5}\.parquet")
+# Readers of a Parquet directory skip names with an underscore or a dot.
+_DONE, _BEGUN = "_SUCCESS", "_INCOMPLETE"
+_PART = re.compile(r"((users|items)/)?(part-\d{5}\.parquet|\.part-\d{5}\.parquet\.\w+)")
 
 
 def write_embeddings(model: Trained, url: str, alpha: float = 0.0) -> None:
@@ -69,7 +78,9 @@ def listed_users(model: Trained, file: str) -> Listed:
     Raises:
         UserError: a line that is not a user of the dataset, unless it has rows for such users.
     """
-    lines = [line.strip() for line in storage.read_text(file).splitlines()]
+    # Not splitlines: an id may have one of Unicode's other line ends.
+    text = storage.read_text(file).removeprefix("\ufeff")
+    lines = [line.strip() for line in text.split("\n")]
     wanted = list(dict.fromkeys(line for line in lines if line))
     if not wanted:
         raise UserError(f"{storage.display(file)}: no user ids in it")
@@ -82,103 +93,129 @@ def listed_users(model: Trained, file: str) -> Listed:
     unknown = np.flatnonzero(rows < 0)
     for index in unknown:
         name = wanted[index]
-        if not model.manifest.hashed_users or (kind == pa.int64() and not _INTEGER.fullmatch(name)):
+        if not model.manifest.hashed_users or (kind == pa.int64() and not _is_int64(name)):
             where = f"{storage.display(file)} line {lines.index(name) + 1}"
-            raise UserError(f"{where}: {name[:40]!r} is not a user of this dataset")
+            if not model.manifest.hashed_users:
+                what = "`cnsdiff prepare --hashed-users` makes a dataset for those who come later"
+            else:
+                what = "its ids are integers"
+            raise UserError(f"{where}: {name[:40]!r} is not a user of this dataset; {what}")
         rows[index] = hashed_row(name, model.manifest)
     order = np.argsort(rows, kind="stable")
     return Listed(rows[order], names.take(pa.array(order)).cast(kind), len(unknown))
 
 
-def make_search(model: Trained, k: int, wanted: float | None) -> tuple[Search, dict[str, float]]:
-    """Of the K best items, train items masked: all of them, or the ``wanted`` share, for which an
-    index is tuned on some users. Collective.
-
-    Returns:
-        the search, and what a reader should know of it: ``k``, and for an index ``recall``, the
-        share of the exact lists' items that it finds for other users.
-    """
-    own, world = model.world.own(model.manifest.items), model.world
-    masks = [train_interactions(model.graph)]
-    exact = ExactSearch(model.item_RD, own, masks, min(k, model.manifest.items))
-    if wanted is None:
-        return exact, {"k": k}
-    search, mine = ApproximateSearch(exact, wanted), world.own(model.manifest.users)
-    step = max(model.manifest.users // _SAMPLE, 1)
-    some, others = (np.arange(mine.start + at, mine.stop, step) for at in (0, step // 2))
-    _lists(model, some, search.tune)
-    sums = recall_sums(_lists(model, others, search), _lists(model, others, exact))
-    hits, of = world.sum(torch.tensor(sums, device=world.device)).tolist()
-    return search, {"k": k, "recall": hits / max(of, 1)}
-
-
-def _lists(model: Trained, users: Ids, search: Search) -> Ids:
-    """The items of these users' lists, -1 where there is none."""
-    ranked = rank(model.user_RD, users, search, _SAMPLE, model.manifest.users, model.world)
-    lists = [np.where(np.isfinite(found.scores), found.items, -1) for found in ranked]
-    return np.concatenate(lists) if lists else np.empty((0, 0), np.int64)
+def _is_int64(name: str) -> bool:
+    return bool(_INTEGER.fullmatch(name)) and -(2**63) <= int(name) < 2**63
 
 
 def write_recommendations(
-    model: Trained, url: str, listed: Listed | None, search: Search, record: dict[str, float]
-) -> int:
-    """Columns ``user``, ``item``, ``score``, ``rank`` of what ``search`` finds; of all users
-    unless some are ``listed``. Collective.
+    model: Trained, url: str, listed: Listed | None, k: int, alpha: float = 0.0,
+    wanted: float | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Columns ``user``, ``item``, ``score``, ``rank`` of the K best items of all users, unless some
+    are ``listed``; train items left out, but of users that share a row: it does not say whose they
+    are. Collective.
 
-    Each rank writes the lists of the users that it owns, as they come; ``record`` goes into
-    ``_SUCCESS``.
+    With ``wanted`` an index finds that share of them. Each rank writes the lists of the users
+    that it owns, as they come.
 
     Returns:
-        rows written by all ranks.
+        what ``_SUCCESS`` holds: ``k``, ``alpha``, ``users``, ``rows`` of all ranks, and of an index
+        ``recall``, the share of the exact lists' items that it finds, and ``scores_all``, on how
+        many ranks it does not pay, so that every item is scored.
     """
     _begin(model, url)
     manifest, world = model.manifest, model.world
-    items = read_ids(model.data_url, manifest, "items")["id"].combine_chunks()
+    exact = ExactSearch(
+        model.item_RD, world.own(manifest.items), [train_interactions(model.graph)],
+        min(k, manifest.items), masking=manifest.users - manifest.hashed_users,
+    )  # fmt: skip
+    search, record = (exact, {}) if wanted is None else _tuned(model, exact, wanted)
     count = len(listed.rows) if listed else manifest.users
-    if listed is None:
-        own = world.own(manifest.users)
-        blocks = [ids for _, ids in read_id_blocks(model.data_url, manifest, "users", own)]
-        names = pa.chunked_array(blocks, items.type if not blocks else None).combine_chunks()
-        listed = Listed(np.arange(own.start, own.stop), names, 0)
+    listed = listed or _all_users(model)
+    items = read_ids(model.data_url, manifest, "items")["id"].combine_chunks()
     mine = owned(np.unique(listed.rows), manifest.users, world)
     chunk, written = model.config.evaluation.users_per_chunk, 0
     with _part(model, url) as write:
         for found in rank(model.user_RD, mine, search, chunk, manifest.users, world):
-            first, stop = (np.searchsorted(listed.rows, found.users, side) for side in _SIDES)
-            list_N = np.repeat(np.arange(len(first)), stop - first)  # whose list a user has
-            user_N = first[list_N] + np.arange(len(list_N)) - np.searchsorted(list_N, list_N)
-            row, column = np.nonzero(np.isfinite(found.scores[list_N]))
-            written += len(row)
-            write(
-                pa.table(
-                    {
-                        "user": listed.names.take(pa.array(user_N[row])),
-                        "item": items.take(pa.array(found.items[list_N[row], column])),
-                        "score": found.scores[list_N[row], column],
-                        "rank": (column + 1).astype(np.int32),
-                    }
-                )
-            )
+            for table in _tables(listed, found, items, chunk):
+                write(table)
+                written += len(table)
     total = int(world.sum(torch.tensor([written], device=world.device)))
-    _commit(model, url, {**record, "users": count, "rows": total})
-    return total
+    record = {"k": k, "alpha": alpha, "users": count, "rows": total, **record}
+    _commit(model, url, record)
+    return record
+
+
+def _tuned(
+    model: Trained, exact: ExactSearch, wanted: float
+) -> tuple[ApproximateSearch, dict[str, float]]:
+    """An index, tuned on some users and measured on others."""
+    search, world = ApproximateSearch(exact, wanted), model.world
+    own = world.own(model.manifest.users)
+    step = max(model.manifest.users // (2 * _SAMPLE), 1)
+    some = np.arange(own.start, own.stop, step)
+    _lists(model, some[::2], search.tune)
+    sums = recall_sums(*(_lists(model, some[1::2], each) for each in (search, exact)))
+    counts = torch.tensor([*sums, int(search.scores_all)], device=world.device)
+    hits, of, scores_all = world.sum(counts).tolist()
+    return search, {"recall": hits / max(of, 1), "scores_all": scores_all}
+
+
+def _lists(model: Trained, users: Ids, search: Search) -> Ids:
+    """The items of these users' lists, -1 where there is none."""
+    ranked = rank(model.user_RD, users, search, 2 * _SAMPLE, model.manifest.users, model.world)
+    lists = [np.where(np.isfinite(found.scores), found.items, -1) for found in ranked]
+    return np.concatenate(lists) if lists else np.empty((0, 0), np.int64)
+
+
+def _all_users(model: Trained) -> Listed:
+    """Those that this rank owns."""
+    own = model.world.own(model.manifest.users)
+    blocks = [ids for _, ids in read_id_blocks(model.data_url, model.manifest, "users", own)]
+    names = pa.chunked_array(blocks, None if blocks else pa.string()).combine_chunks()
+    return Listed(np.arange(own.start, own.stop), names, 0)
+
+
+def _tables(listed: Listed, found: Ranked, items: pa.Array, size: int) -> Iterator[pa.Table]:
+    """The lists of a chunk, ``size`` users at a time: many may share one of its rows."""
+    first, stop = (np.searchsorted(listed.rows, found.users, side) for side in _SIDES)
+    row_N = np.repeat(np.arange(len(first)), stop - first)  # in the chunk, of each listed user
+    user_N = first[row_N] + np.arange(len(row_N)) - np.searchsorted(row_N, row_N)
+    for start in range(0, len(row_N), size):
+        row_n = row_N[start : start + size]
+        user, column = np.nonzero(np.isfinite(found.scores[row_n]))
+        row = row_n[user]
+        yield pa.table(
+            {
+                "user": listed.names.take(pa.array(user_N[start + user])),
+                "item": items.take(pa.array(found.items[row, column])),
+                "score": found.scores[row, column],
+                "rank": (column + 1).astype(np.int32),
+            }
+        )
 
 
 def _begin(model: Trained, url: str) -> None:
-    """Remove an older output of ours, its ``_SUCCESS`` first; refuse to touch anything else.
+    """Remove an older output of ours, its ``_SUCCESS`` first; refuse to touch anything else, such
+    as a dataset, whose files have names like ours.
 
     Raises:
         UserError: ``url`` holds other files.
     """
     if model.world.is_main:
         found = storage.list_files(url)
-        foreign = [name for name in found if name != _DONE and not _PART.fullmatch(name)]
+        ours = not {_DONE, _BEGUN}.isdisjoint(found)
+        parts = [name for name in found if name not in (_DONE, _BEGUN)]
+        foreign = [name for name in parts if not ours or not _PART.fullmatch(name)]
         if foreign:
             raise UserError(
                 f"{storage.display(url)}: holds other files ({foreign[0]}); "
                 "choose an empty directory"
             )
-        for name in sorted(found, key=lambda name: name != _DONE):
+        storage.write_text(f"{url}/{_BEGUN}", "")
+        for name in [_DONE, *parts] if found else []:
             storage.delete_tree(f"{url}/{name}")
     model.world.barrier()
 
@@ -206,4 +243,5 @@ def _commit(model: Trained, url: str, record: dict[str, float]) -> None:
     if model.world.is_main:
         text = json.dumps({"step": model.step, **record})
         storage.write_text(f"{url}/{_DONE}", text + "\n")
+        storage.delete_tree(f"{url}/{_BEGUN}")
     model.world.barrier()

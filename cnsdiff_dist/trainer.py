@@ -16,7 +16,7 @@ from cnsdiff_dist import logs, losses, storage
 from cnsdiff_dist.adjustment import log_p_train
 from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.graph import GraphArrays
-from cnsdiff_dist.data.plan import EpochPlan, local_streams
+from cnsdiff_dist.data.plan import ROW_ORDER, EpochPlan, local_streams
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.data.stream import TrainStream
 from cnsdiff_dist.draws import Draws
@@ -71,7 +71,7 @@ class Trainer:
         )
         self._log_p_R = log_p_train(graph, world)
         self.checkpoints = Checkpoints(config.run.dir, world)
-        self.progress = Progress()
+        self.progress = Progress(row_order=ROW_ORDER)
         self._meter = _Meter(world)
         self._gate, self._vote = _Gate(world), Vote(world)
         self._skips_in_a_row, self._saved_step = 0, 0
@@ -91,7 +91,8 @@ class Trainer:
         hears of those that are not. From now on this training owns the run. Collective.
 
         Raises:
-            UserError: there are checkpoints and none is whole.
+            UserError: there are checkpoints and none is whole, or it is in mid-epoch and of a
+                version that took the rows in another order.
         """
         self.checkpoints.claim()
         commits = self.checkpoints.committed()
@@ -99,6 +100,7 @@ class Trainer:
             damage = self.checkpoints.damage(commit)
             if damage is None:
                 self.load(commit)
+                self._refuse_other_order(commit)
                 return commit
             say(f"{storage.display(commit.url)} is damaged ({damage}): the one before is used")
             self.checkpoints.set_aside(commit, damage)
@@ -108,6 +110,16 @@ class Trainer:
                 "one, or delete checkpoints/ to start anew"
             )
         return None
+
+    def _refuse_other_order(self, commit: Commit) -> None:
+        """In mid-epoch it would take some rows twice and others never."""
+        other = self.progress.row_order != ROW_ORDER
+        if other and self.progress.step % self._plan.steps and not self.finished:
+            raise UserError(
+                f"{storage.display(commit.url)}: of a version that took the rows in another order; "
+                "finish its epoch with that version, or train anew in another run.dir"
+            )
+        self.progress.row_order = ROW_ORDER
 
     def load(self, commit: Commit) -> None:
         """Become what was saved. Collective."""

@@ -243,6 +243,7 @@ run() {
 
 # Runs a command, with variables before it, as the first process of a container.
 start() {
+    : >"$work/log"  # now, not when the child comes to it: the log before may say what is waited for
     unshare --mount --pid --net --ipc --uts --fork --kill-child \
         bash -euc 'enter "$@"' enter "${environment[@]}" "$@" >"$work/log" 2>&1 &
     child=$!

@@ -56,11 +56,21 @@ def test_rare_users_share_rows_and_nothing_else_changes(
     assert sum(map(len, found.values())) == len(own) + len(shared)
     assert {pair for split in found.values() for pair in split} == own | shared
     assert shared <= set(found["train"])
+    # The cuts leave 52 % of the rows of those who have rows of their own.
+    assert len(own & set(found["train"])) / len(own) == pytest.approx(0.52, abs=0.03)
     assert manifest.hashed_users == N
     assert manifest.dropped["hashed"] == len(pairs) - len(own) - len(shared)
     ids = read_ids(str(out), manifest, "users")["id"].to_pylist()
     assert ids[-N:] == [type(ids[0])(-1 - h) for h in range(N)]
     assert len(set(ids)) == len(ids) == len(users) - len(rare) + N
+
+
+def test_without_the_option_the_digest_is_what_it_was(tmp_path: Path) -> None:
+    pq.write_table(skewed_log(), tmp_path / "log.parquet")
+    manifest = prepare(tmp_path / "out", "--log", tmp_path / "log.parquet", "--shift", "random")
+    before = manifest.model_copy(update={"name": "", "digest": ""})
+    content = before.model_dump_json(exclude={"hashed_users"})
+    assert hashlib.sha256(content.encode()).hexdigest() == manifest.digest
 
 
 def test_rows_of_rare_users_in_ready_splits_go(tmp_path: Path) -> None:
@@ -85,11 +95,14 @@ def test_rows_of_rare_users_in_ready_splits_go(tmp_path: Path) -> None:
     ("user", "words", "said"),
     [
         ([-2, 1, 2], ["--hashed-users", 3], r"there is a user -2, and -1 \.\. -3 are the ids"),
-        ([1, 2, 3], ["--hashed-users", 500], r"the 3 users with fewer than 5 train rows fill only"),
+        (["-1.4", "-4", "1"], ["--hashed-users", 3], r"the 3 users .* fill only . of them"),
+        ([2, 4, 5], ["--hashed-users", 3], r"the 3 users .* fill only 1 of them; take 1, or raise"),
+        ([1, 2, 3], ["--hashed-users", 10**42], "there are only 3 users"),
+        ([1, 2, 3], ["--hashed-users", 1], "no user has as many train rows"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(
-    tmp_path: Path, user: list[int], words: list[object], said: str
+    tmp_path: Path, user: list[Any], words: list[object], said: str
 ) -> None:
     pq.write_table(pa.table({"user": user, "item": [0, 0, 0]}), tmp_path / "log.parquet")
     with pytest.raises(UserError, match=said):
@@ -97,12 +110,14 @@ def test_what_cannot_be_shared_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["seven", "007", "1.5", "9" * 5000, "٣"])
+@pytest.mark.parametrize(
+    "name", ["seven", "007", "1.5", "9" * 5000, "٣", str(2**63), "-0", "1\u20282"]
+)
 def test_what_is_no_user_id_is_refused(tmp_path: Path, name: str) -> None:
     pq.write_table(skewed_log(), tmp_path / "log.parquet")
     words = ["--log", tmp_path / "log.parquet", "--shift", "random", "--hashed-users", 1]
     manifest = prepare(tmp_path / "out", *words, "--hashed-below", 30)
-    (tmp_path / "users.txt").write_text(f"0\n12345\n{name}\n")
+    (tmp_path / "users.txt").write_text(f"\ufeff0\n{2**63 - 1}\r\n{name}\n")
     model: Any = SimpleNamespace(data_url=str(tmp_path / "out"), manifest=manifest)
     with pytest.raises(UserError, match=r"users\.txt line 3: .* is not a user of this dataset"):
         listed_users(model, str(tmp_path / "users.txt"))
@@ -143,6 +158,10 @@ def test_newcomers_get_the_list_of_the_row_they_share(
     assert set(lists) == set(listed) and {len(found) for found in lists.values()} == {3}
     assert lists[MINE] == lists[shared_id(MINE)]
     assert lists[listed[2]] == lists[shared_id(listed[2])]
+    # What others of the row have had is not kept from them: it may be what they would like.
+    user, item = _vectors(run, tmp_path / "e")
+    best = sorted(item, key=lambda name: -float(item[name] @ user[shared_id(MINE)]))[:3]
+    assert [name for name, _ in lists[MINE]] == best
     assert main(["recommend", str(run), str(tmp_path / "all"), "--k", "3"]) == 0
     everybody = _lists(tmp_path / "all")
     assert all(lists[user] == everybody[user] for user in listed if user in everybody)
@@ -156,6 +175,14 @@ def test_on_two_ranks_they_get_the_same(run: Path, listed: list[str], tmp_path: 
     assert {user: [item for item, _ in found] for user, found in one.items()} == {
         user: [item for item, _ in found] for user, found in two.items()
     }
+
+
+def _vectors(run: Path, out: Path) -> list[dict[Any, Any]]:
+    assert main(["export", str(run), str(out)]) == 0
+    tables = [pq.read_table(out / side).to_pydict() for side in ("users", "items")]
+    return [
+        dict(zip(table["id"], map(np.asarray, table["embedding"]), strict=True)) for table in tables
+    ]
 
 
 def _recommend(run: Path, users: list[str], out: Path) -> dict[str, list[tuple[Any, float]]]:

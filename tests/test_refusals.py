@@ -82,13 +82,51 @@ def test_run_directory_of_another_dataset(
     assert "at least 1" in refusal(
         capsys, "recommend", tmp_path / "run", tmp_path / "r", "--k", "0"
     )
+    assert "cannot read" in refusal(
+        capsys, "recommend", tmp_path / "run", tmp_path / "r", "--users", ""
+    )
     (tmp_path / "users.txt").write_text("0\nnobody\n")
     line = refusal(
         capsys, "recommend", tmp_path / "run", tmp_path / "r", "--users", tmp_path / "users.txt"
     )
-    assert "users.txt line 2: 'nobody'" in line
+    assert "users.txt line 2: 'nobody'" in line and "prepare --hashed-users" in line
     assert not (tmp_path / "r").exists()
     assert files_under(tmp_path / "run") == before
+
+
+def test_an_output_replaces_only_an_output(config: str, tmp_path: Path, capsys: Capsys) -> None:
+    assert main(["train", config]) == 0
+    dataset = yaml.safe_load(Path(config).read_text())["data"]["url"]
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    before = files_under(copy)
+    for command, folder in (("recommend", "train"), ("export", "ids"), ("export", "")):
+        line = refusal(capsys, command, tmp_path / "run", copy / folder)
+        assert "holds other files" in line and "choose an empty directory" in line
+    assert files_under(copy) == before
+    for name in ("part-00007.parquet", ".part-00000.parquet.y8r8vxb0", "_INCOMPLETE"):
+        (tmp_path / "killed").mkdir(exist_ok=True)
+        (tmp_path / "killed" / name).write_bytes(b"what a killed one left")
+    assert main(["recommend", str(tmp_path / "run"), str(tmp_path / "killed")]) == 0
+    assert files_under(tmp_path / "killed") == ["_SUCCESS", "part-00000.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prepare", "out", "--hashed-users", "-1"], "--hashed-users: -1 is negative"),
+        (["prepare", "out", "--hashed-users", "x"], "--hashed-users: x is not an integer"),
+        (["prepare", "out", "--test-fraction", "x"], "--test-fraction: x is not a finite number"),
+        (["prepare", "out", "--min-rating", "nan"], "--min-rating: nan is not a finite number"),
+        (["prepare", "out", "--synthetic", "--min-rating", "4"], "--min-rating goes with logs"),
+        (["prepare", "out", "--synthetic", "--hashed-below", "4"], "goes with --hashed-users"),
+        (["recommend", "run", "out", "--bogus"], "unrecognized arguments: --bogus"),
+        (["recommend", "run"], "the following arguments are required: URL"),
+        (["recomend"], "invalid choice: 'recomend'"),
+        ([], "COMMAND"),
+    ],
+)
+def test_wrong_words_are_one_line(words: list[str], said: str, capsys: Capsys) -> None:
+    assert said in refusal(capsys, *words)
 
 
 def test_no_run_there(tmp_path: Path, capsys: Capsys) -> None:

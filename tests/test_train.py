@@ -358,6 +358,7 @@ def test_recommend_for_listed_users_only(trained: Path, dataset: str, tmp_path: 
 def test_a_second_output_replaces_the_first(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r/part-00007.parquet").write_bytes(b"of an older, larger world")
+    (tmp_path / "r/_SUCCESS").write_bytes(b"{}")
     assert main(["recommend", str(trained), str(tmp_path / "r")]) == 0
     assert files_under(tmp_path / "r") == ["_SUCCESS", "part-00000.parquet"]
 
@@ -594,6 +595,23 @@ def test_a_step_draws_by_epoch_and_step_and_knows_its_progress(
     steps = trainer._plan.steps
     assert keys == [(0, epoch, step) for epoch in range(2) for step in range(steps)]
     assert progress == pytest.approx([step / (2 * steps) for step in range(2 * steps)])
+
+
+def test_an_epoch_is_not_resumed_in_another_order(
+    dataset: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(dataset, tmp_path / "run", checkpoint={"every_steps": 3})
+    steps = _trainer(config, world)._plan.steps
+    assert steps % 3 and _train_steps(config, steps + 4) is None
+    monkeypatch.setattr("cnsdiff_dist.trainer.ROW_ORDER", 2)
+    with pytest.raises(UserError, match="took the rows in another order; finish its epoch"):
+        _trainer(config, world).resume()
+    for newer in list((tmp_path / "run/checkpoints").iterdir()):
+        if newer.name > f"step-{steps:08d}":
+            shutil.rmtree(newer)
+    trainer = _trainer(config, world)
+    assert trainer.resume() and trainer.progress.step == steps
+    assert trainer.progress.row_order == 2
 
 
 def test_resuming_restores_all_of_the_progress(dataset: str, tmp_path: Path, world: World) -> None:

@@ -1,6 +1,7 @@
 """``cnsdiff prepare``: raw interaction logs to a dataset directory."""
 
 import argparse
+import math
 import sys
 
 from cnsdiff_dist import storage
@@ -104,7 +105,7 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{role}-column", metavar="NAME", help=f"the {role} column")
     group.add_argument(
         "--min-rating",
-        type=float,
+        type=_finite,
         metavar="X",
         help="positives are rated X or more; default: every row is one",
     )
@@ -160,9 +161,8 @@ def _add_splitting(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--hashed-below",
         type=_count,
-        default=5,
         metavar="K",
-        help="of --hashed-users: rare is who has fewer than K train rows (default %(default)s)",
+        help="of --hashed-users: rare is who has fewer than K train rows (default 5)",
     )
     group.add_argument("--seed", type=_natural, default=0, metavar="S", help="default 0")
 
@@ -171,22 +171,39 @@ def _flag(split: str) -> str:
     return "--" + split.replace("_", "-")
 
 
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not an integer") from None
+
+
 def _fraction(text: str) -> float:
-    value = float(text)
+    value = _finite(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = _integer(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
 
 
 def _natural(text: str) -> int:
-    value = int(text)
+    value = _integer(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
@@ -212,6 +229,10 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
         UserError: the options do not fit together.
     """
     sources, shift = _sources(args)
+    if args.hashed_below and not args.hashed_users:
+        raise UserError("--hashed-below goes with --hashed-users; give both")
+    if args.synthetic and args.min_rating is not None:
+        raise UserError("--min-rating goes with logs that have ratings, not with --synthetic")
     return Recipe(
         out=args.out,
         sources=sources,
@@ -231,7 +252,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
         drop_duplicates=args.duplicates == "drop",
         drop_unknown=args.unknown == "drop",
         hashed_users=args.hashed_users,
-        hashed_below=args.hashed_below,
+        hashed_below=args.hashed_below or Recipe.hashed_below,
         name=args.name,
         seed=args.seed,
         overwrite=args.overwrite,

@@ -56,8 +56,12 @@ def code_ids(db: duckdb.DuckDBPyConnection) -> None:
     db.execute("DROP TABLE raw")
 
 
-def number_ids(db: duckdb.DuckDBPyConnection) -> None:
-    """Number users and items again, now only those in train: their rows in the tables."""
+def number_ids(db: duckdb.DuckDBPyConnection) -> int:
+    """Number users and items again, now only those in train: their rows in the tables.
+
+    Returns:
+        the number of users.
+    """
     for table, side in _SIDES.items():
         db.execute(
             f"CREATE TABLE {table}_sorted AS SELECT id, code FROM {table} "
@@ -73,6 +77,8 @@ def number_ids(db: duckdb.DuckDBPyConnection) -> None:
         FROM rows JOIN users ON users.code = "user" JOIN items ON items.code = item
     """)
     db.execute("DROP TABLE rows; ALTER TABLE numbered RENAME TO rows")
+    ((users,),) = db.execute("SELECT count(*) FROM users").fetchall()
+    return int(users)
 
 
 def write_parts(

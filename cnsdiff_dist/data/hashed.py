@@ -39,29 +39,24 @@ def share_rows(db: Database, rows: int, below: int) -> int:
         the number of rows that went.
 
     Raises:
-        UserError: a user has the id of a shared row, or no user would share one of them.
+        UserError: a user has the id of a shared row, nobody would share one of them, or everybody
+            one.
     """
-    taken = db.execute(
-        "SELECT id FROM users WHERE TRY_CAST(id AS BIGINT) BETWEEN ? AND -1 LIMIT 1", [-rows]
-    ).fetchall()
-    for (name,) in taken:
-        raise UserError(
-            f"--hashed-users {rows}: there is a user {name}, and -1 .. -{rows} are the ids of the "
-            "shared rows; rename it"
-        )
-    ((first,),) = db.execute("SELECT max(code) + 1 FROM users").fetchall()
+    ((users, first),) = db.execute("SELECT count(*), max(code) + 1 FROM users").fetchall()
+    if rows > users:
+        raise UserError(f"--hashed-users {rows}: there are only {users} users; take fewer")
     db.execute(f"""
-        CREATE TEMP TABLE rare AS
-        SELECT code, ('0x' || left(md5(id::VARCHAR), 8))::BIGINT % {rows} AS hash
-        FROM users JOIN (SELECT "user" AS code FROM rows WHERE split = 0
-                         GROUP BY "user" HAVING count(*) < {below}) USING (code)
+        CREATE TEMP TABLE judged AS
+        SELECT code, ('0x' || left(md5(id::VARCHAR), 8))::BIGINT AS digest, rare,
+               id::VARCHAR IN (SELECT (-1 - h)::VARCHAR FROM range({rows}) AS shared(h)) AS taken
+        FROM users JOIN (SELECT "user" AS code, count(*) < {below} AS rare
+                         FROM rows WHERE split = 0 GROUP BY "user") USING (code)
     """)
-    ((users, used),) = db.execute("SELECT count(*), count(DISTINCT hash) FROM rare").fetchall()
-    if used < rows:
-        raise UserError(
-            f"--hashed-users {rows}: the {users} users with fewer than {below} train rows fill "
-            f"only {used} of them; take fewer, or raise --hashed-below"
-        )
+    _refuse(db, rows, below)
+    db.execute(
+        f"CREATE TEMP TABLE rare AS SELECT code, digest % {rows} AS hash FROM judged WHERE rare"
+    )
+    db.execute("DROP TABLE judged")
     db.execute(f"INSERT INTO users SELECT -1 - h, {first} + h FROM range({rows}) AS shared(h)")
     ((before,),) = db.execute("SELECT count(*) FROM rows").fetchall()
     db.execute(f"""
@@ -75,3 +70,35 @@ def share_rows(db: Database, rows: int, below: int) -> int:
     db.execute("DROP TABLE rows; DROP TABLE rare; ALTER TABLE shared RENAME TO rows")
     ((after,),) = db.execute("SELECT count(*) FROM rows").fetchall()
     return int(before - after)
+
+
+def _refuse(db: Database, rows: int, below: int) -> None:
+    (found,) = db.execute(f"""
+        SELECT count(*), count(*) FILTER (rare), count(DISTINCT digest % {rows}) FILTER (rare),
+               min(code) FILTER (taken) FROM judged
+    """).fetchall()
+    users, rare, used, taken = found
+    if taken is not None:
+        ((name,),) = db.execute("SELECT id FROM users WHERE code = ?", [taken]).fetchall()
+        raise UserError(
+            f"--hashed-users {rows}: there is a user {name}, and -1 .. -{rows} are the ids of the "
+            "shared rows; rename it"
+        )
+    if used < rows:
+        raise UserError(
+            f"--hashed-users {rows}: the {rare} users with fewer than {below} train rows fill "
+            f"only {used} of them; {_enough(db, rows)}raise --hashed-below"
+        )
+    if rare == users:
+        raise UserError(f"--hashed-below {below}: no user has as many train rows; lower it")
+
+
+def _enough(db: Database, rows: int) -> str:
+    """A number of rows that the rare users would fill, in words."""
+    while rows := rows // 2:
+        ((used,),) = db.execute(
+            f"SELECT count(DISTINCT digest % {rows}) FROM judged WHERE rare"
+        ).fetchall()
+        if used == rows:
+            return f"take {rows}, or "
+    return ""

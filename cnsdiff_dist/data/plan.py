@@ -18,6 +18,8 @@ from cnsdiff_dist.errors import UserError
 PAD = -1
 _PURPOSE = 0  # draws.py has another, so that the two never share a stream
 _ROWS = 1  # in a key: not the order of the blocks
+ROW_ORDER = 1
+"""Another number whenever the same plan yields other rows: an epoch is not resumed across it."""
 Rows = npt.NDArray[np.int64]
 
 

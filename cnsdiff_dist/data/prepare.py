@@ -153,10 +153,11 @@ def _build(
         raise UserError(f"{storage.display(files[0][1])}: no train row is left; lower --min-rating")
     if recipe.hashed_users:
         dropped["hashed"] = share_rows(db, recipe.hashed_users, recipe.hashed_below)
-    export.number_ids(db)
+        say(f"dropped {dropped['hashed']:,} hashed")
+    own = export.number_ids(db) - recipe.hashed_users
     stages.protect(db)
     for split, shift, fraction in _cuts(recipe, sources):
-        stages.cut(db, split, shift, fraction)
+        stages.cut(db, split, shift, fraction, own)
         say(f"cut {split}: {stages.count(db, split):,} rows by {shift} order")
     say("writing splits, id maps and graph")
     with storage.explained(recipe.out, "write"):
@@ -221,7 +222,8 @@ def _write_manifest(
         digest="",
         **parts.__dict__,
     )
-    content = manifest.model_copy(update={"name": ""}).model_dump_json()
+    # Without defaults: what this version added must not change the digest of what it left alone.
+    content = manifest.model_copy(update={"name": ""}).model_dump_json(exclude_defaults=True)
     digest = hashlib.sha256(content.encode()).hexdigest()
     manifest = manifest.model_copy(update={"digest": digest})
     (built / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -237,4 +239,5 @@ def _shift(recipe: Recipe) -> dict[str, str | int | float | None]:
         "valid_fraction": recipe.valid_fraction,
         "valid_ood_fraction": recipe.valid_ood_fraction,
         "seed": recipe.seed,
+        **({"hashed_below": recipe.hashed_below} if recipe.hashed_users else {}),
     }

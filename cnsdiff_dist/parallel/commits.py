@@ -24,7 +24,7 @@ class Progress:
     """Where a training is: all that resuming needs besides the tensors.
 
     ``skipped`` counts steps left out for not being finite, ``first_loss`` is the first mean that
-    was logged.
+    was logged; ``row_order`` is that of the plan that led here, 0 before versions said so.
     """
 
     step: Count = 0
@@ -34,6 +34,7 @@ class Progress:
     evaluations_since_best: Count = 0
     skipped: Count = 0
     first_loss: Finite | None = None
+    row_order: Count = 0
 
     def to_json(self) -> dict[str, Any]:
         """JSON has no infinity: before the first evaluation ``best`` is left to its default."""

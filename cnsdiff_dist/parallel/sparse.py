@@ -32,6 +32,7 @@ from cnsdiff_dist.models.tables import TABLES, embedding_tables, initial_rows
 from cnsdiff_dist.world import World, to_device
 
 _ROWS = 1 << 16
+_VIEWS = ("SplitWithSizesBackward0", "ViewBackward0", "UnsafeViewBackward0")
 _OPTIMIZERS = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adagrad": Adagrad,
@@ -183,15 +184,27 @@ def _joined(parts: list[Tensor]) -> Tensor:
     TorchRec splits one tensor among the tables. To join its parts again would copy it, and later
     its gradient: a tenth of a step.
     """
-    whole = parts[0]._base
-    if (
-        whole is not None
-        and all(part._base is whole for part in parts)
-        and whole.numel() == sum(part.numel() for part in parts)
-        and whole.data_ptr() == parts[0].data_ptr()
-    ):
-        return whole
-    return torch.cat(parts)
+    whole, end = parts[0]._base, 0
+    if whole is None:
+        return torch.cat(parts)
+    for part in parts:
+        if part._base is not whole or part.storage_offset() != end or not part.is_contiguous():
+            return torch.cat(parts)
+        if not _only_viewed(part, whole):
+            return torch.cat(parts)
+        end += part.numel()
+    return whole if end == whole.numel() else torch.cat(parts)
+
+
+def _only_viewed(part: Tensor, whole: Tensor) -> bool:
+    """Whether autograd, too, sees ``part`` as a part of ``whole``: between them are but views, and
+    no function with a backward of its own, such as an exchange between ranks."""
+    node = part.grad_fn
+    while node is not whole.grad_fn:
+        if node is None or node.name() not in _VIEWS:
+            return False
+        node = node.next_functions[0][0]
+    return True
 
 
 def _pool_single_rows(model: DistributedModelParallel) -> None:
