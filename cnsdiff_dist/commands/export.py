@@ -28,7 +28,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "none or a number",
     )  # fmt: skip
     parser.add_argument("--data", metavar="URL", help="the dataset, if it has moved")
-    parser.set_defaults(run=run, cleans_up=True)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

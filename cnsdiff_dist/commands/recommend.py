@@ -39,7 +39,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "0.95: for millions of items; needs faiss-cpu",
     )  # fmt: skip
     parser.add_argument("--data", metavar="URL", help="the dataset, if it has moved")
-    parser.set_defaults(run=run, cleans_up=True)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
