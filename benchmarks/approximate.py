@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks.machine import machine, report
 from cnsdiff_dist.approximate import ApproximateSearch, recall_sums
-from cnsdiff_dist.evaluator import ExactSearch
 from cnsdiff_dist.metrics import Interactions
+from cnsdiff_dist.ranking import ExactSearch
 
 K, CENTRES, MASKED, SAMPLE = 20, 3000, 15, 512
 

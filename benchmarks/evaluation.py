@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from benchmarks.machine import alternated, machine, ratio, report
-from cnsdiff_dist.evaluator import ExactSearch, rank
 from cnsdiff_dist.metrics import Interactions
+from cnsdiff_dist.ranking import ExactSearch, rank
 from cnsdiff_dist.world import join_world
 
 K, CHUNK = 20, 256

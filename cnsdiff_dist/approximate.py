@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cnsdiff_dist.errors import UserError
-from cnsdiff_dist.evaluator import MASKED, ExactSearch, Ids
+from cnsdiff_dist.ranking import MASKED, ExactSearch, Ids
 
 _POINTS = 64  # items per cell that k-means sees
 _DEARER = 8  # an item of a visited cell, than one of a matrix product (docs/benchmarks.md)

@@ -24,14 +24,8 @@ from cnsdiff_dist.approximate import ApproximateSearch, recall_sums
 from cnsdiff_dist.data.dataset import Side, read_id_blocks, read_ids
 from cnsdiff_dist.data.hashed import hashed_row
 from cnsdiff_dist.errors import UserError
-from cnsdiff_dist.evaluator import (
-    ExactSearch,
-    Ranked,
-    Search,
-    owned,
-    rank,
-    train_interactions,
-)
+from cnsdiff_dist.evaluator import train_interactions
+from cnsdiff_dist.ranking import ExactSearch, Ranked, Search, owned, rank
 from cnsdiff_dist.trained import Trained
 
 Ids = npt.NDArray[np.int64]
@@ -160,7 +154,7 @@ def _tuned(
     sums = recall_sums(*(_lists(model, some[1::2], each) for each in (search, exact)))
     counts = torch.tensor([*sums, int(search.scores_all)], device=world.device)
     hits, of, scores_all = world.sum(counts).tolist()
-    return search, {"recall": hits / max(of, 1), "scores_all": scores_all}
+    return search, {"recall": hits / of if of else 1.0, "scores_all": scores_all}
 
 
 def _lists(model: Trained, users: Ids, search: Search) -> Ids:

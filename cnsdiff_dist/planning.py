@@ -16,11 +16,11 @@ import numpy as np
 
 from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.graph import GraphArrays
-from cnsdiff_dist.evaluator import ITEMS
 from cnsdiff_dist.models.denoiser import Denoiser
 from cnsdiff_dist.models.lightgcn import sampled_block
 from cnsdiff_dist.parallel.planner import PLACEMENTS, Link, TableShards, plan_tables
 from cnsdiff_dist.parallel.propagation import EDGES, PIECE_BYTES, ROWS
+from cnsdiff_dist.ranking import ITEMS
 from cnsdiff_dist.recommender import is_sampled
 
 GB = 10**9

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cnsdiff_dist.approximate import ApproximateSearch, recall_sums
 from cnsdiff_dist.cli import main
-from cnsdiff_dist.evaluator import MASKED, ExactSearch
 from cnsdiff_dist.metrics import Interactions
+from cnsdiff_dist.ranking import MASKED, ExactSearch
 from tests.ranks import run_ranks
 
 USERS, ITEMS, DIM, K = 60, 5000, 16, 10

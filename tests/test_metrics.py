@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cnsdiff_dist.evaluator import ExactSearch, rank
 from cnsdiff_dist.metrics import Interactions, RankingSums, top_k
+from cnsdiff_dist.ranking import ExactSearch, rank
 from cnsdiff_dist.world import World
 
 KS = (2, 5)

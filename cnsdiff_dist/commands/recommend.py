@@ -14,8 +14,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "recommend",
         help="write the top-K items of all or some users as Parquet",
         description="Rank every item for the users and write URL/*.parquet with columns user, "
-        "item (raw ids), score and rank (1 is best). Train items are not recommended. "
-        "URL/_SUCCESS is written last.",
+        "item (raw ids), score and rank (1 is best). Train items are not recommended, but to users "
+        "who share a row. URL/_SUCCESS is written last.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -25,8 +25,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--users",
         metavar="FILE",
-        help="raw user ids, one a line; of those who share rows "
-        "too, rare users and later ones. Default: all rows of the user table",
+        help="raw user ids, one a line; rare and later users too, if they may share rows. "
+        "Default: all rows of the user table",
     )
     parser.add_argument(
         "--alpha", default="auto",
