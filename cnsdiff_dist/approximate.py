@@ -46,11 +46,12 @@ class ApproximateSearch:
     def tune(self, user_ED: Tensor, users: Ids) -> tuple[Tensor, Tensor]:
         """Visit as many more cells as these users need; if that is no cheaper than to score every
         item, do that from now on. A :data:`Search` itself: of their lists."""
-        real = np.flatnonzero(users >= 0)
-        vectors, some = user_ED[torch.from_numpy(real)], users[real]
+        light = np.flatnonzero(self._light(users))
+        self.scores_all = 2 * len(light) < int((users >= 0).sum())
+        vectors, some = user_ED[torch.from_numpy(light)], users[light]
         exact_EK = _listed(*self._exact(vectors, some))
         while not self.scores_all:
-            hits, of = recall_sums(_listed(*self(vectors, some)), exact_EK)
+            hits, of = recall_sums(_listed(*self._visit(vectors, some)), exact_EK)
             if hits >= self._wanted * of:
                 break
             self._index.nprobe *= 2
@@ -60,41 +61,43 @@ class ApproximateSearch:
     def __call__(self, user_ED: Tensor, users: Ids) -> tuple[Tensor, Tensor]:
         if self.scores_all:
             return self._exact(user_ED, users)
-        k = self._exact.k
-        row, item = self._exact.masked(users)
-        masked = np.bincount(row, minlength=len(users))
-        light = (users >= 0) & (masked <= _MASKED_PER_K * k)
-        score_EK = user_ED.new_full((len(users), k), -torch.inf)
+        score_EK = user_ED.new_full((len(users), self._exact.k), -torch.inf)
         item_EK = torch.zeros_like(score_EK, dtype=torch.int64)
-        self._visit(user_ED, light, (row[light[row]], item[light[row]]), score_EK, item_EK)
-        there = np.minimum(k, len(self._exact.own) - masked)
-        found = (score_EK > MASKED).sum(1).cpu().numpy()
-        short = torch.from_numpy(np.flatnonzero((users >= 0) & (found < there)))
+        light = np.flatnonzero(self._light(users))
+        place = torch.from_numpy(light)
+        score_EK[place], item_EK[place] = self._visit(user_ED[place], users[light])
+        there = np.minimum(self._exact.k, len(self._exact.own) - self._masked(users))
+        short = np.flatnonzero((users >= 0) & ((score_EK > MASKED).sum(1).cpu().numpy() < there))
         if len(short):
-            score_EK[short], item_EK[short] = self._exact(user_ED[short], users[short.numpy()])
+            place = torch.from_numpy(short)
+            score_EK[place], item_EK[place] = self._exact(user_ED[place], users[short])
         return score_EK, item_EK
 
-    def _visit(
-        self, user_ED: Tensor, light: npt.NDArray[np.bool_], masked: tuple[Ids, Ids],
-        score_EK: Tensor, item_EK: Tensor,
-    ) -> None:  # fmt: skip
-        """Write the lists of the ``light`` users, who mask these few (row, item)."""
+    def _masked(self, users: Ids) -> Ids:
+        """How many of this rank's items each user masks."""
+        return np.bincount(self._exact.masked(users)[0], minlength=len(users))
+
+    def _light(self, users: Ids) -> npt.NDArray[np.bool_]:
+        return (users >= 0) & (self._masked(users) <= _MASKED_PER_K * self._exact.k)
+
+    def _visit(self, user_ED: Tensor, users: Ids) -> tuple[Tensor, Tensor]:
+        """What the index finds for users who mask little: perhaps fewer than K items."""
         k, own = self._exact.k, self._exact.own
-        some = np.flatnonzero(light)
-        most = np.bincount(masked[0], minlength=1).max()
+        row, item = self._exact.masked(users)
+        most = np.bincount(row, minlength=1).max()
         width = min(k + int(most), len(own))
-        if not len(some) or not width:
-            return
-        place = torch.from_numpy(some)
-        scores, items = self._index.search(user_ED[place].float().cpu().numpy(), width)
-        pairs = masked[0] * len(own) + masked[1]
-        none = (items < 0) | np.isin(some[:, None] * len(own) + items, pairs)
-        best = np.argsort(none, axis=1, kind="stable")[:, :k]  # they are sorted already
-        scores[none] = -np.inf
-        for lists, values in ((score_EK, scores), (item_EK, items + own.start)):
-            lists[place, : best.shape[1]] = torch.from_numpy(
-                np.take_along_axis(values, best, 1)
-            ).to(lists)
+        score_EK = np.full((len(users), k), -np.inf, np.float32)
+        item_EK = np.zeros((len(users), k), np.int64)
+        if len(users) and width:
+            scores, items = self._index.search(user_ED.float().cpu().numpy(), width)
+            place = np.arange(len(users))[:, None] * len(own) + items
+            none = (items < 0) | np.isin(place, row * len(own) + item)
+            scores[none] = -np.inf
+            best = np.argsort(none, axis=1, kind="stable")[:, :k]  # they are sorted already
+            score_EK[:, : best.shape[1]] = np.take_along_axis(scores, best, 1)
+            item_EK[:, : best.shape[1]] = np.take_along_axis(items, best, 1) + own.start
+        device = user_ED.device
+        return torch.from_numpy(score_EK).to(device), torch.from_numpy(item_EK).to(device)
 
 
 def _listed(score_EK: Tensor, item_EK: Tensor) -> Ids:

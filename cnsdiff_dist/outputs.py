@@ -7,7 +7,7 @@ Each rank writes its own part; ``_SUCCESS``, a line of JSON, is written last. Un
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +35,7 @@ _SAMPLE = 512  # users, of all ranks, on whom an approximate search is tried
 # Readers of a Parquet directory skip names with an underscore or a dot.
 _DONE, _BEGUN = "_SUCCESS", "_INCOMPLETE"
 _PART = re.compile(r"((users|items)/)?(part-\d{5}\.parquet|\.part-\d{5}\.parquet\.\w+)")
+_MARK = re.compile(r"_SUCCESS|_INCOMPLETE|\._(SUCCESS|INCOMPLETE)\.\w+")
 
 
 def write_embeddings(model: Trained, url: str, alpha: float = 0.0) -> None:
@@ -119,7 +120,7 @@ def write_recommendations(
         ``recall``, the share of the exact lists' items that it finds, and ``scores_all``, on how
         many ranks it does not pay, so that every item is scored.
     """
-    _begin(model, url)
+    _refuse_others(model, url)
     manifest, world = model.manifest, model.world
     exact = ExactSearch(
         model.item_RD, world.own(manifest.items), [train_interactions(model.graph)],
@@ -131,6 +132,7 @@ def write_recommendations(
     items = read_ids(model.data_url, manifest, "items")["id"].combine_chunks()
     mine = owned(np.unique(listed.rows), manifest.users, world)
     chunk, written = model.config.evaluation.users_per_chunk, 0
+    _begin(model, url)
     with _part(model, url) as write:
         for found in rank(model.user_RD, mine, search, chunk, manifest.users, world):
             for table in _tables(listed, found, items, chunk):
@@ -191,25 +193,40 @@ def _tables(listed: Listed, found: Ranked, items: pa.Array, size: int) -> Iterat
         )
 
 
+def _refuse_others(model: Trained, url: str) -> list[str]:
+    """What lies there, which is of an older output of ours; on rank 0.
+
+    Raises:
+        UserError: it is anything else, such as a dataset, whose files have names like ours.
+    """
+    found = storage.list_files(url) if model.world.is_main else []
+    parts = [name for name in found if not _MARK.fullmatch(name)]
+    ours = _BEGUN in found or (_DONE in found and _is_ours(url))
+    foreign = [name for name in parts if not ours or not _PART.fullmatch(name)]
+    if foreign:
+        raise UserError(
+            f"{storage.display(url)}: holds other files ({foreign[0]}); choose an empty directory"
+        )
+    return found
+
+
+def _is_ours(url: str) -> bool:
+    try:
+        return "step" in json.loads(storage.read_text(f"{url}/{_DONE}"))
+    except (ValueError, TypeError):
+        return False
+
+
 def _begin(model: Trained, url: str) -> None:
-    """Remove an older output of ours, its ``_SUCCESS`` first; refuse to touch anything else, such
-    as a dataset, whose files have names like ours.
+    """Remove an older output of ours, its ``_SUCCESS`` first.
 
     Raises:
         UserError: ``url`` holds other files.
     """
+    found = _refuse_others(model, url)
     if model.world.is_main:
-        found = storage.list_files(url)
-        ours = not {_DONE, _BEGUN}.isdisjoint(found)
-        parts = [name for name in found if name not in (_DONE, _BEGUN)]
-        foreign = [name for name in parts if not ours or not _PART.fullmatch(name)]
-        if foreign:
-            raise UserError(
-                f"{storage.display(url)}: holds other files ({foreign[0]}); "
-                "choose an empty directory"
-            )
         storage.write_text(f"{url}/{_BEGUN}", "")
-        for name in [_DONE, *parts] if found else []:
+        for name in sorted(set(found) - {_BEGUN}, key=lambda name: name != _DONE):
             storage.delete_tree(f"{url}/{name}")
     model.world.barrier()
 
@@ -237,5 +254,6 @@ def _commit(model: Trained, url: str, record: dict[str, float]) -> None:
     if model.world.is_main:
         text = json.dumps({"step": model.step, **record})
         storage.write_text(f"{url}/{_DONE}", text + "\n")
-        storage.delete_tree(f"{url}/{_BEGUN}")
+        with suppress(UserError):  # a store may let nothing be deleted; _SUCCESS is what counts
+            storage.delete_tree(f"{url}/{_BEGUN}")
     model.world.barrier()

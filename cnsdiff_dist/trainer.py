@@ -24,7 +24,7 @@ from cnsdiff_dist.errors import TryAgain, UserError
 from cnsdiff_dist.evaluator import Evaluator
 from cnsdiff_dist.loader import Loader, Ready
 from cnsdiff_dist.parallel.checkpoint import Checkpoints, Costs
-from cnsdiff_dist.parallel.commits import Commit, Progress
+from cnsdiff_dist.parallel.commits import Commit, Progress, record_damage
 from cnsdiff_dist.parallel.dcp_io import local_tensors
 from cnsdiff_dist.parallel.dense import DenseEngine
 from cnsdiff_dist.recommender import Recommender
@@ -83,8 +83,11 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        exhausted = self.progress.evaluations_since_best >= self.config.train.patience
-        return exhausted or self.progress.step >= self.total_steps
+        return self._is_finished(self.progress)
+
+    def _is_finished(self, progress: Progress) -> bool:
+        exhausted = progress.evaluations_since_best >= self.config.train.patience
+        return exhausted or progress.step >= self.total_steps
 
     def resume(self, say: Callable[[str], None] = lambda _: None) -> Commit | None:
         """Continue from the newest committed checkpoint that is whole, if there is one; ``say``
@@ -94,13 +97,16 @@ class Trainer:
             UserError: there are checkpoints and none is whole, or it is in mid-epoch and of a
                 version that took the rows in another order.
         """
+        for commit in self.checkpoints.committed()[-1:]:
+            self._refuse_other_order(commit)  # before its owner hears of us
         self.checkpoints.claim()
         commits = self.checkpoints.committed()
         for commit in reversed(commits):
             damage = self.checkpoints.damage(commit)
             if damage is None:
-                self.load(commit)
                 self._refuse_other_order(commit)
+                self.load(commit)
+                self.progress.row_order = ROW_ORDER
                 return commit
             say(f"{storage.display(commit.url)} is damaged ({damage}): the one before is used")
             self.checkpoints.set_aside(commit, damage)
@@ -113,13 +119,15 @@ class Trainer:
 
     def _refuse_other_order(self, commit: Commit) -> None:
         """In mid-epoch it would take some rows twice and others never."""
-        other = self.progress.row_order != ROW_ORDER
-        if other and self.progress.step % self._plan.steps and not self.finished:
+        if record_damage(commit) is not None:
+            return
+        progress = commit.progress
+        other = progress.row_order != ROW_ORDER
+        if other and progress.step % self._plan.steps and not self._is_finished(progress):
             raise UserError(
                 f"{storage.display(commit.url)}: of a version that took the rows in another order; "
                 "finish its epoch with that version, or train anew in another run.dir"
             )
-        self.progress.row_order = ROW_ORDER
 
     def load(self, commit: Commit) -> None:
         """Become what was saved. Collective."""

@@ -97,6 +97,21 @@ def test_lists_are_full_whatever_is_masked() -> None:
         assert not search.scores_all
 
 
+@pytest.mark.parametrize(("every", "indexed"), [(2, True), (10, False)])
+def test_users_who_are_served_exactly_do_not_count(every: int, indexed: bool) -> None:
+    """An index is tuned on those who mask little, and not used where they are the fewer."""
+    item, user, everyone = clustered(ITEMS, 2), clustered(200, 1), np.arange(200)
+    counts = np.where(everyone % every, 200, 5)
+    known = [np.random.default_rng(u).permutation(ITEMS)[:count] for u, count in enumerate(counts)]
+    mask = Interactions.from_pairs(np.repeat(everyone, counts), np.concatenate(known), (200, ITEMS))
+    searches = [ApproximateSearch(ExactSearch(item, range(ITEMS), [mask], K), 0.97) for _ in "ab"]
+    light = np.flatnonzero(counts == 5)
+    searches[0].tune(user, everyone)
+    searches[1].tune(user[light], everyone[light])
+    assert searches[0].scores_all is not indexed and not searches[1].scores_all
+    assert not indexed or searches[0]._index.nprobe == searches[1]._index.nprobe
+
+
 def test_places_without_a_user_do_not_count() -> None:
     exact = ExactSearch(clustered(ITEMS, 2), range(ITEMS), masks()[:1], K)
     user, everyone = clustered(USERS, 1), np.arange(USERS)

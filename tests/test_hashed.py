@@ -65,6 +65,26 @@ def test_rare_users_share_rows_and_nothing_else_changes(
     assert len(set(ids)) == len(ids) == len(users) - len(rare) + N
 
 
+def test_popularity_is_that_of_the_rows_that_can_be_cut(tmp_path: Path) -> None:
+    """Half of the items are liked mostly by rare users: to the others they are rare, too."""
+    rng, pairs = np.random.default_rng(0), set()
+    for user in range(200):
+        pairs |= {
+            (user, item) for item in np.r_[rng.permutation(50)[:10], 50 + rng.permutation(50)[:30]]
+        }
+    for user in range(200, 3000):
+        pairs |= {(user, item) for item in rng.permutation(50)[:3]}
+    users, items = map(list, zip(*pairs, strict=True))
+    pq.write_table(pa.table({"user": users, "item": items}), tmp_path / "log.parquet")
+    words = ["--shift", "popularity", "--hashed-users", 100, "--hashed-below", 10]
+    manifest = prepare(tmp_path / "out", "--log", tmp_path / "log.parquet", *words)
+    ood, iid = (
+        np.mean([item < 50 for _, item in raw_pairs(tmp_path / "out", manifest, f"test_{split}")])
+        for split in ("ood", "iid")
+    )
+    assert ood > 1.5 * iid
+
+
 def test_without_the_option_the_digest_is_what_it_was(tmp_path: Path) -> None:
     pq.write_table(skewed_log(), tmp_path / "log.parquet")
     manifest = prepare(tmp_path / "out", "--log", tmp_path / "log.parquet", "--shift", "random")
@@ -95,8 +115,12 @@ def test_rows_of_rare_users_in_ready_splits_go(tmp_path: Path) -> None:
     ("user", "words", "said"),
     [
         ([-2, 1, 2], ["--hashed-users", 3], r"there is a user -2, and -1 \.\. -3 are the ids"),
-        (["-1.4", "-4", "1"], ["--hashed-users", 3], r"the 3 users .* fill only . of them"),
-        ([2, 4, 5], ["--hashed-users", 3], r"the 3 users .* fill only 1 of them; take 1, or raise"),
+        (["-1.4", "-4", "2"], ["--hashed-users", 3], "no user has as many train rows"),
+        (
+            [2, 4, 5, 1, 1],
+            ["--hashed-users", 3],
+            r"3 users .* fill only 1 of them; take 1, or raise",
+        ),
         ([1, 2, 3], ["--hashed-users", 10**42], "there are only 3 users"),
         ([1, 2, 3], ["--hashed-users", 1], "no user has as many train rows"),
     ],
@@ -104,7 +128,9 @@ def test_rows_of_rare_users_in_ready_splits_go(tmp_path: Path) -> None:
 def test_what_cannot_be_shared_is_refused(
     tmp_path: Path, user: list[Any], words: list[object], said: str
 ) -> None:
-    pq.write_table(pa.table({"user": user, "item": [0, 0, 0]}), tmp_path / "log.parquet")
+    log = pa.table({"user": user, "item": np.arange(len(user))})
+    pq.write_table(log, tmp_path / "log.parquet")
+    words = [*words, "--hashed-below", 2, "--valid-fraction", 0]
     with pytest.raises(UserError, match=said):
         prepare(tmp_path / "out", "--train", tmp_path / "log.parquet", *words)
     assert not (tmp_path / "out").exists()

@@ -103,8 +103,24 @@ def test_an_output_replaces_only_an_output(config: str, tmp_path: Path, capsys: 
         line = refusal(capsys, command, tmp_path / "run", copy / folder)
         assert "holds other files" in line and "choose an empty directory" in line
     assert files_under(copy) == before
-    for name in ("part-00007.parquet", ".part-00000.parquet.y8r8vxb0", "_INCOMPLETE"):
-        (tmp_path / "killed").mkdir(exist_ok=True)
+    (tmp_path / "foreign").mkdir()
+    for name in ("part-00000.parquet", "_SUCCESS"):
+        (tmp_path / "foreign" / name).write_bytes(b"of another tool")
+    assert "other files" in refusal(capsys, "recommend", tmp_path / "run", tmp_path / "foreign")
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        ["part-00007.parquet", ".part-00000.parquet.y8r8vxb0", "_INCOMPLETE"],
+        ["._INCOMPLETE.oz2abtts"],
+        ["part-00000.parquet", "._SUCCESS.avgr2d83", "_INCOMPLETE"],
+    ],
+)
+def test_what_a_killed_one_left_is_replaced(left: list[str], config: str, tmp_path: Path) -> None:
+    assert main(["train", config]) == 0
+    (tmp_path / "killed").mkdir()
+    for name in left:
         (tmp_path / "killed" / name).write_bytes(b"what a killed one left")
     assert main(["recommend", str(tmp_path / "run"), str(tmp_path / "killed")]) == 0
     assert files_under(tmp_path / "killed") == ["_SUCCESS", "part-00000.parquet"]

@@ -358,7 +358,7 @@ def test_recommend_for_listed_users_only(trained: Path, dataset: str, tmp_path: 
 def test_a_second_output_replaces_the_first(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r/part-00007.parquet").write_bytes(b"of an older, larger world")
-    (tmp_path / "r/_SUCCESS").write_bytes(b"{}")
+    (tmp_path / "r/_SUCCESS").write_bytes(b'{"step": 3}')
     assert main(["recommend", str(trained), str(tmp_path / "r")]) == 0
     assert files_under(tmp_path / "r") == ["_SUCCESS", "part-00000.parquet"]
 
@@ -604,8 +604,10 @@ def test_an_epoch_is_not_resumed_in_another_order(
     steps = _trainer(config, world)._plan.steps
     assert steps % 5 and _train_steps(config, steps + 4) is None
     monkeypatch.setattr("cnsdiff_dist.trainer.ROW_ORDER", 2)
+    before = (tmp_path / "run/checkpoints/owner.json").read_bytes()
     with pytest.raises(UserError, match="took the rows in another order; finish its epoch"):
         _trainer(config, world).resume()
+    assert (tmp_path / "run/checkpoints/owner.json").read_bytes() == before
     for newer in list((tmp_path / "run/checkpoints").iterdir()):
         if newer.name > f"step-{steps:08d}":
             shutil.rmtree(newer)

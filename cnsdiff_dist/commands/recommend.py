@@ -70,5 +70,7 @@ def run(args: argparse.Namespace) -> None:
 def _recall(record: dict[str, float], ranks: int) -> str:
     if "recall" not in record:
         return ""
-    all_of = "" if record["scores_all"] < ranks else " (an index would not pay: all were scored)"
-    return f", recall of the exact lists {record['recall']:.3f}{all_of}"
+    exact = record["scores_all"]
+    where = f" on {exact:.0f} of {ranks} ranks" if exact < ranks else ""
+    note = f" (an index would not pay{where}: all were scored)" if exact else ""
+    return f", recall of the exact lists {record['recall']:.3f}{note}"

@@ -47,8 +47,7 @@ def share_rows(db: Database, rows: int, below: int) -> int:
         raise UserError(f"--hashed-users {rows}: there are only {users} users; take fewer")
     db.execute(f"""
         CREATE TEMP TABLE judged AS
-        SELECT code, ('0x' || left(md5(id::VARCHAR), 8))::BIGINT AS digest, rare,
-               id::VARCHAR IN (SELECT (-1 - h)::VARCHAR FROM range({rows}) AS shared(h)) AS taken
+        SELECT code, ('0x' || left(md5(id::VARCHAR), 8))::BIGINT AS digest, rare
         FROM users JOIN (SELECT "user" AS code, count(*) < {below} AS rare
                          FROM rows WHERE split = 0 GROUP BY "user") USING (code)
     """)
@@ -74,23 +73,26 @@ def share_rows(db: Database, rows: int, below: int) -> int:
 
 def _refuse(db: Database, rows: int, below: int) -> None:
     (found,) = db.execute(f"""
-        SELECT count(*), count(*) FILTER (rare), count(DISTINCT digest % {rows}) FILTER (rare),
-               min(code) FILTER (taken) FROM judged
+        SELECT count(*), count(*) FILTER (rare), count(DISTINCT digest % {rows}) FILTER (rare)
+        FROM judged
     """).fetchall()
-    users, rare, used, taken = found
-    if taken is not None:
-        ((name,),) = db.execute("SELECT id FROM users WHERE code = ?", [taken]).fetchall()
+    users, rare, used = found
+    taken = db.execute(f"""
+        SELECT id FROM users
+        WHERE id::VARCHAR IN (SELECT (-1 - h)::VARCHAR FROM range({rows}) AS shared(h)) LIMIT 1
+    """).fetchall()
+    for (name,) in taken:
         raise UserError(
             f"--hashed-users {rows}: there is a user {name}, and -1 .. -{rows} are the ids of the "
             "shared rows; rename it"
         )
+    if rare == users:
+        raise UserError(f"--hashed-below {below}: no user has as many train rows; lower it")
     if used < rows:
         raise UserError(
             f"--hashed-users {rows}: the {rare} users with fewer than {below} train rows fill "
             f"only {used} of them; {_enough(db, rows)}raise --hashed-below"
         )
-    if rare == users:
-        raise UserError(f"--hashed-below {below}: no user has as many train rows; lower it")
 
 
 def _enough(db: Database, rows: int) -> str:

@@ -121,15 +121,15 @@ def protect(db: Database) -> None:
 def cut(db: Database, split: str, shift: str, fraction: float, own: int | None = None) -> None:
     """Move the first rows of train, in the shift's order, to another split; not the kept ones.
 
-    The fraction is of all rows of train, or of those of the first ``own`` users, where the rows of
-    the others are kept.
+    The fraction and the items' degrees are of all rows of train, or of those of the first ``own``
+    users, where the rows of the others are kept.
     """
     mine = "true" if own is None else f'"user" < {own}'
     ((rows,),) = db.execute(f"SELECT count(*) FROM rows WHERE split = 0 AND {mine}").fetchall()
     db.execute(f"""
         CREATE TEMP TABLE taken AS SELECT "user", item
-        FROM rows JOIN (SELECT item, count(*) AS degree FROM rows WHERE split = 0 GROUP BY item)
-             USING (item)
+        FROM rows JOIN (SELECT item, count(*) AS degree FROM rows WHERE split = 0 AND {mine}
+                        GROUP BY item) USING (item)
         WHERE split = 0 AND NOT kept
         ORDER BY {order(shift, split)}, "user", item
         LIMIT {share(rows, fraction)}
