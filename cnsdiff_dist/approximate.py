@@ -46,7 +46,7 @@ class ApproximateSearch:
     def tune(self, user_ED: Tensor, users: Ids) -> tuple[Tensor, Tensor]:
         """Visit as many more cells as these users need; if that is no cheaper than to score every
         item, do that from now on. A :data:`Search` itself: of their lists."""
-        light = np.flatnonzero(self._light(users))
+        light = np.flatnonzero(self._light(users, self._masked(users)))
         self.scores_all = 2 * len(light) < int((users >= 0).sum())
         vectors, some = user_ED[torch.from_numpy(light)], users[light]
         exact_EK = _listed(*self._exact(vectors, some))
@@ -63,10 +63,11 @@ class ApproximateSearch:
             return self._exact(user_ED, users)
         score_EK = user_ED.new_full((len(users), self._exact.k), -torch.inf)
         item_EK = torch.zeros_like(score_EK, dtype=torch.int64)
-        light = np.flatnonzero(self._light(users))
+        masked = self._masked(users)
+        light = np.flatnonzero(self._light(users, masked))
         place = torch.from_numpy(light)
         score_EK[place], item_EK[place] = self._visit(user_ED[place], users[light])
-        there = np.minimum(self._exact.k, len(self._exact.own) - self._masked(users))
+        there = np.minimum(self._exact.k, len(self._exact.own) - masked)
         short = np.flatnonzero((users >= 0) & ((score_EK > MASKED).sum(1).cpu().numpy() < there))
         if len(short):
             place = torch.from_numpy(short)
@@ -77,8 +78,8 @@ class ApproximateSearch:
         """How many of this rank's items each user masks."""
         return np.bincount(self._exact.masked(users)[0], minlength=len(users))
 
-    def _light(self, users: Ids) -> npt.NDArray[np.bool_]:
-        return (users >= 0) & (self._masked(users) <= _MASKED_PER_K * self._exact.k)
+    def _light(self, users: Ids, masked: Ids) -> npt.NDArray[np.bool_]:
+        return (users >= 0) & (masked <= _MASKED_PER_K * self._exact.k)
 
     def _visit(self, user_ED: Tensor, users: Ids) -> tuple[Tensor, Tensor]:
         """What the index finds for users who mask little: perhaps fewer than K items."""

@@ -35,7 +35,7 @@ _SAMPLE = 512  # users, of all ranks, on whom an approximate search is tried
 # Readers of a Parquet directory skip names with an underscore or a dot.
 _DONE, _BEGUN = "_SUCCESS", "_INCOMPLETE"
 _PART = re.compile(r"((users|items)/)?(part-\d{5}\.parquet|\.part-\d{5}\.parquet\.\w+)")
-_MARK = re.compile(r"_SUCCESS|_INCOMPLETE|\._(SUCCESS|INCOMPLETE)\.\w+")
+_MARK = re.compile(rf"{_DONE}|{_BEGUN}|\.({_DONE}|{_BEGUN})\.\w+")
 
 
 def write_embeddings(model: Trained, url: str, alpha: float = 0.0) -> None:

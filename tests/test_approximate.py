@@ -15,6 +15,7 @@ from cnsdiff_dist.approximate import ApproximateSearch, recall_sums
 from cnsdiff_dist.cli import main
 from cnsdiff_dist.metrics import Interactions
 from cnsdiff_dist.ranking import MASKED, ExactSearch
+from tests.lists import read_lists
 from tests.ranks import run_ranks
 
 USERS, ITEMS, DIM, K = 60, 5000, 16, 10
@@ -176,16 +177,12 @@ def test_on_two_ranks_the_lists_are_merged(run: Path, tmp_path: Path, wanted: st
     words = ["recommend", str(run), str(tmp_path / "two"), "--k", "5", "--approximate", wanted]
     assert run_ranks(2, main, words) == [0, 0]
     assert main(["recommend", str(run), str(tmp_path / "one"), "--k", "5"]) == 0
-    one, two = (_lists(tmp_path / out) for out in ("one", "two"))
-    hits = sum(len(set(one[user]) & set(two[user])) for user in one)
+    one, two = (
+        {user: {item for item, _ in found} for user, found in read_lists(tmp_path / out).items()}
+        for out in ("one", "two")
+    )
+    hits = sum(len(one[user] & two[user]) for user in one)
     assert hits > (float(wanted) - 0.1) * 5 * len(one) and set(one) == set(two)
-
-
-def _lists(out: Path) -> dict[Any, list[Any]]:
-    found: dict[Any, list[Any]] = {}
-    for row in sorted(pq.read_table(out).to_pylist(), key=lambda row: row["rank"]):
-        found.setdefault(row["user"], []).append(row["item"])
-    return found
 
 
 @pytest.mark.parametrize("value", ["0", "1.5", "nan"])

@@ -16,6 +16,7 @@ from cnsdiff_dist.data.dataset import read_ids
 from cnsdiff_dist.data.schema import SPLITS
 from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.outputs import listed_users
+from tests.lists import read_lists
 from tests.preparing import prepare, raw_pairs, skewed_log
 from tests.ranks import run_ranks
 
@@ -189,7 +190,7 @@ def test_newcomers_get_the_list_of_the_row_they_share(
     best = sorted(item, key=lambda name: -float(item[name] @ user[shared_id(MINE)]))[:3]
     assert [name for name, _ in lists[MINE]] == best
     assert main(["recommend", str(run), str(tmp_path / "all"), "--k", "3"]) == 0
-    everybody = _lists(tmp_path / "all")
+    everybody = read_lists(tmp_path / "all")
     assert all(lists[user] == everybody[user] for user in listed if user in everybody)
 
 
@@ -197,7 +198,7 @@ def test_newcomers_get_the_list_of_the_row_they_share(
 def test_on_two_ranks_they_get_the_same(run: Path, listed: list[str], tmp_path: Path) -> None:
     one = _recommend(run, listed, tmp_path / "one")
     run_ranks(2, _recommend, run, listed, tmp_path / "two")
-    two = _lists(tmp_path / "two")
+    two = read_lists(tmp_path / "two")
     assert {user: [item for item, _ in found] for user, found in one.items()} == {
         user: [item for item, _ in found] for user, found in two.items()
     }
@@ -215,12 +216,4 @@ def _recommend(run: Path, users: list[str], out: Path) -> dict[str, list[tuple[A
     file = out.with_suffix(".txt")
     file.write_text("\n".join(users))
     assert main(["recommend", str(run), str(out), "--k", "3", "--users", str(file)]) == 0
-    return _lists(out)
-
-
-def _lists(out: Path) -> dict[str, list[tuple[Any, float]]]:
-    """(item, score) by rank of each user."""
-    found: dict[str, list[tuple[Any, float]]] = {}
-    for row in sorted(pq.read_table(out).to_pylist(), key=lambda row: row["rank"]):
-        found.setdefault(row["user"], []).append((row["item"], row["score"]))
-    return found
+    return read_lists(out)

@@ -10,12 +10,9 @@ Items do not share rows: a list of items needs the raw id of each.
 
 import hashlib
 
-import duckdb
-
 from cnsdiff_dist.data.schema import Manifest
+from cnsdiff_dist.data.stages import Database, count
 from cnsdiff_dist.errors import UserError
-
-Database = duckdb.DuckDBPyConnection
 
 
 def hashed_row(raw: str, manifest: Manifest) -> int:
@@ -57,7 +54,7 @@ def share_rows(db: Database, rows: int, below: int) -> int:
     )
     db.execute("DROP TABLE judged")
     db.execute(f"INSERT INTO users SELECT -1 - h, {first} + h FROM range({rows}) AS shared(h)")
-    ((before,),) = db.execute("SELECT count(*) FROM rows").fetchall()
+    before = count(db)
     db.execute(f"""
         CREATE TABLE shared AS
         SELECT rows.* FROM rows WHERE "user" NOT IN (SELECT code FROM rare)
@@ -67,8 +64,7 @@ def share_rows(db: Database, rows: int, below: int) -> int:
         QUALIFY row_number() OVER (PARTITION BY hash, item ORDER BY file, line) = 1
     """)
     db.execute("DROP TABLE rows; DROP TABLE rare; ALTER TABLE shared RENAME TO rows")
-    ((after,),) = db.execute("SELECT count(*) FROM rows").fetchall()
-    return int(before - after)
+    return before - count(db)
 
 
 def _refuse(db: Database, rows: int, below: int) -> None:
