@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import machine, report
-from cnsdiff_dist.approximate import ApproximateSearch, recall_sums
-from cnsdiff_dist.metrics import Interactions
-from cnsdiff_dist.ranking import ExactSearch
+from cnsdiff_dist.evaluation.metrics import Interactions
+from cnsdiff_dist.evaluation.top_k import ExactSearch
+from cnsdiff_dist.inference.faiss_search import ApproximateSearch, recall_sums
 
 K, CENTRES, MASKED, SAMPLE = 20, 3000, 15, 512
 

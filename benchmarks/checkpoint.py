@@ -19,10 +19,10 @@ import torch
 
 from benchmarks.graphs import power_law_dataset, sampled_trainer
 from benchmarks.machine import machine, report
+from cnsdiff_dist.checkpoint.manager import Costs
 from cnsdiff_dist.cli import quiet
-from cnsdiff_dist.loader import Ready
-from cnsdiff_dist.parallel.checkpoint import Costs
-from cnsdiff_dist.trainer import Trainer
+from cnsdiff_dist.training.loader import Ready
+from cnsdiff_dist.training.loop import Trainer
 
 
 def main() -> None:

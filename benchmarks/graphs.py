@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from cnsdiff_dist.config import load_config
 from cnsdiff_dist.data.dataset import load_manifest
 from cnsdiff_dist.data.graph import open_graph
-from cnsdiff_dist.data.prepare import Recipe, prepare
-from cnsdiff_dist.trainer import Trainer
-from cnsdiff_dist.world import join_world
+from cnsdiff_dist.distributed.world import join_world
+from cnsdiff_dist.prepare.pipeline import Recipe, prepare
+from cnsdiff_dist.training.loop import Trainer
 
 _CHUNK = 4_000_000
 _EXPONENTS = {"user": 0.5, "item": 0.7}

@@ -14,9 +14,9 @@ import torch
 from benchmarks.machine import alternated, machine, ratio, report
 from cnsdiff_dist.cli import quiet
 from cnsdiff_dist.config import Tables
-from cnsdiff_dist.models.tables import TABLES
-from cnsdiff_dist.parallel.sparse import ShardedTables
-from cnsdiff_dist.world import join_world
+from cnsdiff_dist.distributed.embedding_tables import TABLES
+from cnsdiff_dist.distributed.sharded_tables import ShardedTables
+from cnsdiff_dist.distributed.world import join_world
 
 
 def main() -> None:

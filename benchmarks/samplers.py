@@ -17,8 +17,8 @@ from cnsdiff_dist.cli import quiet
 from cnsdiff_dist.config import parse_config
 from cnsdiff_dist.data.dataset import load_manifest
 from cnsdiff_dist.data.graph import open_graph
-from cnsdiff_dist.trainer import Trainer
-from cnsdiff_dist.world import join_world
+from cnsdiff_dist.distributed.world import join_world
+from cnsdiff_dist.training.loop import Trainer
 
 BPR = {"kind": "bpr", "similarity": "dot", "temperature": 1.0}
 SOFTMAX = ("in_batch", "mixed", "cnsdiff")

@@ -29,10 +29,10 @@ from cnsdiff_dist.data.dataset import load_manifest, read_split
 from cnsdiff_dist.data.graph import GraphArrays, open_graph
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.data.stream import Batch
-from cnsdiff_dist.evaluator import Evaluator
-from cnsdiff_dist.metrics import Interactions
-from cnsdiff_dist.trainer import Trainer
-from cnsdiff_dist.world import World, join_world
+from cnsdiff_dist.distributed.world import World, join_world
+from cnsdiff_dist.evaluation.evaluator import Evaluator
+from cnsdiff_dist.evaluation.metrics import Interactions
+from cnsdiff_dist.training.loop import Trainer
 
 PARTS = ("candidates", "encode", "negatives", "backward", "engine step", "the rest")
 

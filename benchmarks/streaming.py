@@ -23,10 +23,10 @@ from benchmarks.machine import alternated, machine, ratio, report
 from cnsdiff_dist import storage
 from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.dataset import load_manifest
-from cnsdiff_dist.data.plan import EpochPlan
+from cnsdiff_dist.data.epoch_plan import EpochPlan
 from cnsdiff_dist.data.schema import INTERACTION_SCHEMA, Manifest
 from cnsdiff_dist.data.stream import TrainStream, read_ahead_threads
-from cnsdiff_dist.world import join_world
+from cnsdiff_dist.distributed.world import join_world
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import torch
 from benchmarks.graphs import sampled_trainer
 from benchmarks.machine import machine, report
 from cnsdiff_dist.cli import quiet
-from cnsdiff_dist.world import join_world, leave_world
+from cnsdiff_dist.distributed.world import join_world, leave_world
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ def entry() -> None:
     sys.stderr.flush()
     if code:
         os._exit(code)
-    from cnsdiff_dist.world import leave_world
+    from cnsdiff_dist.distributed.world import leave_world
 
     leave_world()
 

@@ -63,4 +63,4 @@ else
     # torchrun (2.13) remembers on which node the ranks' store was: wrong once nodes come and go.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
-exec python -m cnsdiff_dist.launcher "${options[@]}" -m cnsdiff_dist "$@"
+exec python -m cnsdiff_dist.distributed.launcher "${options[@]}" -m cnsdiff_dist "$@"

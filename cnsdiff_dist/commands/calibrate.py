@@ -37,7 +37,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> None:
     from cnsdiff_dist import storage
     from cnsdiff_dist.errors import UserError
-    from cnsdiff_dist.trained import calibrate, open_trained
+    from cnsdiff_dist.inference.trained_model import calibrate, open_trained
 
     if args.split and not args.split.startswith("valid"):
         raise UserError(f"--split {args.split}: calibrate on a validation split, never on a test")

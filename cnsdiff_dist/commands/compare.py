@@ -39,8 +39,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> None:
     from cnsdiff_dist import storage
-    from cnsdiff_dist.comparison.driver import Driver, Reporting
-    from cnsdiff_dist.comparison.report import write_report
+    from cnsdiff_dist.comparison.report_files import write_report
+    from cnsdiff_dist.comparison.scheduler import Driver, Reporting
     from cnsdiff_dist.comparison.suite import load_suite
     from cnsdiff_dist.data.dataset import load_manifest
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 def work(job: "Job") -> None:
     """One job, in a worker."""
     from cnsdiff_dist.commands.train import train
-    from cnsdiff_dist.comparison.running import complete, study
+    from cnsdiff_dist.comparison.single_run import complete, study
 
     if job.task == "diagnose":
         study(job.url, job.config.data.url)

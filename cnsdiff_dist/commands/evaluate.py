@@ -37,7 +37,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> None:
     from cnsdiff_dist import storage
     from cnsdiff_dist.errors import UserError
-    from cnsdiff_dist.trained import open_trained
+    from cnsdiff_dist.inference.trained_model import open_trained
 
     if args.k and min(args.k) < 1:
         raise UserError(f"--k {min(args.k)}: lists have at least 1 item")

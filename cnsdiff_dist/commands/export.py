@@ -33,8 +33,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> None:
     from cnsdiff_dist import storage
-    from cnsdiff_dist.outputs import write_embeddings
-    from cnsdiff_dist.trained import open_trained
+    from cnsdiff_dist.inference.parquet_output import write_embeddings
+    from cnsdiff_dist.inference.trained_model import open_trained
 
     model, alpha = open_trained(args.run_url, args.data).with_alpha(args.alpha)
     write_embeddings(model, args.url, alpha)

@@ -6,7 +6,8 @@ import re
 import sys
 from pathlib import Path, PurePosixPath
 
-from cnsdiff_dist import kubernetes, storage
+from cnsdiff_dist import storage
+from cnsdiff_dist.cluster import manifests
 from cnsdiff_dist.commands import plan as planning_command
 from cnsdiff_dist.config import Config, dump_config, load_config
 from cnsdiff_dist.errors import UserError
@@ -49,7 +50,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     k8s.add_argument("config", metavar="CONFIG", help="YAML file; see configs/")
     k8s.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a config key")
     k8s.add_argument("--image", required=True, help="that every node can pull")
-    k8s.add_argument("--kind", choices=kubernetes.KINDS, default="job", help="default: job")
+    k8s.add_argument("--kind", choices=manifests.KINDS, default="job", help="default: job")
     k8s.add_argument("--name", help="of the run in the cluster; default: CONFIG's name")
     k8s.add_argument("--namespace", default="", help="default: that of your kubectl")
     k8s.add_argument("--schedule", default="", help="of --kind nightly, as cron writes it")
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     env = dict(args.env)
     _refuse_what_pods_lack(args, config, env, list(volumes))
     gpus, ranks = args.device != "cpu", args.gpus_per_node
-    launch = kubernetes.Launch(
+    launch = manifests.Launch(
         name=args.name or Path(args.config).stem.lower().replace("_", "-"),
         image=args.image,
         config=dump_config(config),
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
         identity=dict(args.identity),
         schedule=args.schedule,
     )
-    sys.stdout.write(kubernetes.to_yaml(kubernetes.render(launch)))
+    sys.stdout.write(manifests.to_yaml(manifests.render(launch)))
 
 
 def _refuse_what_pods_lack(

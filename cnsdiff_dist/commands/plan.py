@@ -9,7 +9,7 @@ from cnsdiff_dist.config import Config, Tables, load_config
 from cnsdiff_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from cnsdiff_dist.planning import Cluster, Plan, Sizes
+    from cnsdiff_dist.cluster.cost_model import Cluster, Plan, Sizes
 
 _EPILOG = """\
 examples:
@@ -78,7 +78,7 @@ def planned(args: argparse.Namespace, config: Config) -> "Plan":
     Raises:
         UserError: nothing is known of the dataset.
     """
-    from cnsdiff_dist.planning import Cluster, make_plan
+    from cnsdiff_dist.cluster.cost_model import Cluster, make_plan
 
     cluster = Cluster(args.device, args.nodes, args.gpus_per_node)
     base = _base_bytes(config)  # before the sampling of blocks leaves its own behind
@@ -99,9 +99,9 @@ def refuse_what_does_not_fit(args: argparse.Namespace, plan: "Plan") -> None:
 
 
 def _sizes(args: argparse.Namespace, config: Config, cluster: "Cluster") -> "Sizes":
+    from cnsdiff_dist.cluster.cost_model import bounded_sizes, sizes_of
     from cnsdiff_dist.data.dataset import load_manifest
     from cnsdiff_dist.data.graph import open_graph
-    from cnsdiff_dist.planning import bounded_sizes, sizes_of
 
     given = [args.users, args.items, args.edges]
     if all(given):
@@ -119,11 +119,11 @@ def _base_bytes(config: Config) -> int:
     (libraries import much of themselves when they are first used)."""
     import torch
 
-    import cnsdiff_dist.trainer  # noqa: F401
-    from cnsdiff_dist.parallel.dense import DenseEngine
-    from cnsdiff_dist.parallel.sparse import ShardedTables
-    from cnsdiff_dist.planning import has_network
-    from cnsdiff_dist.world import join_world
+    import cnsdiff_dist.training.loop  # noqa: F401
+    from cnsdiff_dist.cluster.cost_model import has_network
+    from cnsdiff_dist.distributed.dense_engine import DenseEngine
+    from cnsdiff_dist.distributed.sharded_tables import ShardedTables
+    from cnsdiff_dist.distributed.world import join_world
 
     world = join_world(config.run.timeout_seconds)
     tables = ShardedTables(1, 1, 4, Tables(), 1, 0, world)  # the config's may need a GPU

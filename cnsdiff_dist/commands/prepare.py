@@ -6,12 +6,12 @@ import sys
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.data.dataset import MANIFEST
-from cnsdiff_dist.data.prepare import Recipe, prepare
-from cnsdiff_dist.data.readers import FORMATS, ROLES, LogFormat
 from cnsdiff_dist.data.schema import SPLITS, Manifest
-from cnsdiff_dist.data.shifts import SHIFTS
-from cnsdiff_dist.data.synthetic import Synthetic
 from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.prepare.log_formats import FORMATS, ROLES, LogFormat
+from cnsdiff_dist.prepare.pipeline import Recipe, prepare
+from cnsdiff_dist.prepare.shifts import SHIFTS
+from cnsdiff_dist.prepare.synthetic import Synthetic
 
 _EXAMPLES = """\
 examples:

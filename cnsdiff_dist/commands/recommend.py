@@ -44,10 +44,10 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> None:
     from cnsdiff_dist import storage
-    from cnsdiff_dist.approximate import import_faiss
     from cnsdiff_dist.errors import UserError
-    from cnsdiff_dist.outputs import listed_users, write_recommendations
-    from cnsdiff_dist.trained import open_trained
+    from cnsdiff_dist.inference.faiss_search import import_faiss
+    from cnsdiff_dist.inference.parquet_output import listed_users, write_recommendations
+    from cnsdiff_dist.inference.trained_model import open_trained
 
     if args.k < 1:
         raise UserError(f"--k {args.k}: lists have at least 1 item")

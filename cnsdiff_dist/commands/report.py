@@ -26,10 +26,10 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> None:
     from cnsdiff_dist import storage
-    from cnsdiff_dist.comparison.report import write_report, write_run_report
-    from cnsdiff_dist.comparison.running import study
+    from cnsdiff_dist.comparison.report_files import write_report, write_run_report
+    from cnsdiff_dist.comparison.single_run import study
     from cnsdiff_dist.comparison.suite import load_suite
-    from cnsdiff_dist.world import join_world
+    from cnsdiff_dist.distributed.world import join_world
 
     if storage.exists(f"{args.url}/suite.yaml"):
         write_report(load_suite(f"{args.url}/suite.yaml", args.url))

@@ -33,7 +33,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(args: argparse.Namespace) -> None:
-    from cnsdiff_dist.status import read_status
+    from cnsdiff_dist.runs.status import read_status
 
     status = read_status(args.run_url)
     if args.json:
@@ -97,7 +97,7 @@ def _progress(status: dict[str, Any]) -> str:
 
 
 def _state(status: dict[str, Any]) -> str:
-    from cnsdiff_dist.status import ago
+    from cnsdiff_dist.runs.status import ago
 
     sign = status["last_sign_of_life"]
     seen = f"last sign of life {_duration(ago(sign['time']))} ago ({sign['what']})" if sign else ""
@@ -125,7 +125,7 @@ def _numbers(status: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _checkpoint(entry: dict[str, Any]) -> str:
-    from cnsdiff_dist.status import ago
+    from cnsdiff_dist.runs.status import ago
 
     age = "" if entry["time"] is None else f", {_duration(ago(entry['time']))} ago"
     size = f"{entry['bytes'] / 2**20:,.1f} MiB"

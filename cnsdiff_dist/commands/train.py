@@ -11,9 +11,9 @@ from cnsdiff_dist.errors import UserError
 
 if TYPE_CHECKING:
     from cnsdiff_dist.data.schema import Manifest
-    from cnsdiff_dist.exporter import Exporter
-    from cnsdiff_dist.preemption import Preemption
-    from cnsdiff_dist.world import World
+    from cnsdiff_dist.distributed.world import World
+    from cnsdiff_dist.runs.prometheus import Exporter
+    from cnsdiff_dist.training.preemption import Preemption
 
 _EPILOG = """\
 examples:
@@ -69,10 +69,10 @@ def train(config: Config, preemptible: bool = False) -> None:
     """
     # Imported here so that `cnsdiff --help` does not wait for torch.
     from cnsdiff_dist.data.dataset import load_manifest
-    from cnsdiff_dist.peers import Peers
-    from cnsdiff_dist.preemption import Preemption
-    from cnsdiff_dist.rundir import check_run
-    from cnsdiff_dist.world import join_world
+    from cnsdiff_dist.distributed.heartbeat import Peers
+    from cnsdiff_dist.distributed.world import join_world
+    from cnsdiff_dist.runs.directory import check_run
+    from cnsdiff_dist.training.preemption import Preemption
 
     logs.context.run = storage.display(config.run.dir)
     manifest = load_manifest(config.data.url)
@@ -96,9 +96,9 @@ def _train(
     preemption: "Preemption", preemptible: bool, exporter: "Exporter",
 ) -> None:  # fmt: skip
     from cnsdiff_dist.data.graph import open_graph
-    from cnsdiff_dist.reporting import Reporter
-    from cnsdiff_dist.rundir import open_run
-    from cnsdiff_dist.trainer import Trainer
+    from cnsdiff_dist.runs.directory import open_run
+    from cnsdiff_dist.runs.reporter import Reporter
+    from cnsdiff_dist.training.loop import Trainer
 
     graph = open_graph(config.data.url, manifest, verify=world.local_rank == 0)
     trainer = Trainer(config, manifest, graph, world)
@@ -133,8 +133,8 @@ def _train(
 
 
 def _exporter(config: Config, manifest: "Manifest", world: "World") -> "Exporter":
-    from cnsdiff_dist.exporter import Exporter
-    from cnsdiff_dist.rundir import versions
+    from cnsdiff_dist.runs.directory import versions
+    from cnsdiff_dist.runs.prometheus import Exporter
 
     return Exporter(
         config.run.metrics_port if world.is_main else 0,

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cnsdiff_dist import storage
-from cnsdiff_dist.comparison.driver import best_trial
-from cnsdiff_dist.comparison.running import finished_result
+from cnsdiff_dist.comparison.diagnostics import read_diagnostics
+from cnsdiff_dist.comparison.scheduler import best_trial
+from cnsdiff_dist.comparison.single_run import finished_result
 from cnsdiff_dist.comparison.suite import Job, Suite, groups, jobs_of
-from cnsdiff_dist.diagnostics import read_diagnostics
-from cnsdiff_dist.rundir import read_metrics
+from cnsdiff_dist.runs.directory import read_metrics
 
 METRICS = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
 SPLITS = ("test_ood", "test_iid")

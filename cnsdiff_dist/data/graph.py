@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cnsdiff_dist import storage
-from cnsdiff_dist.data.local import local_file
+from cnsdiff_dist.data.node_cache import local_file
 from cnsdiff_dist.data.schema import Blob, Manifest
 from cnsdiff_dist.errors import UserError
 

@@ -118,7 +118,7 @@ class Manifest(_Strict):
 
     ``columns`` are those of the splits; ``shift`` says how they were made; ``environment_edges``
     are train degrees of items, ascending; ``dropped`` counts input rows by why they are in no
-    split; ``hashed_users`` are the rows that rare and unknown users share (data/hashed.py);
+    split; ``hashed_users`` are the table rows that rare and unknown users share;
     ``digest`` is the sha256 of everything here but ``name``.
     """
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.data.dataset import damage
-from cnsdiff_dist.data.plan import EpochPlan, Rows, first_rows
+from cnsdiff_dist.data.epoch_plan import EpochPlan, Rows, first_rows
 from cnsdiff_dist.data.schema import INTERACTION_SCHEMA, Manifest, Shard, leading_bytes
 from cnsdiff_dist.errors import UserError
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.neighbours import Hop, sample_hops
-from cnsdiff_dist.world import to_device
+from cnsdiff_dist.distributed.world import to_device
 
 Ids = npt.NDArray[np.int64]
 

@@ -7,8 +7,8 @@ through a sigmoid, so that the power is of a positive number on any scale; beta 
 ``negatives.hardness``.
 """
 
+from cnsdiff_dist.data.draws import Draws
 from cnsdiff_dist.data.graph import GraphArrays
-from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
 from cnsdiff_dist.samplers.uniform import UniformSampler, chosen, scores
 

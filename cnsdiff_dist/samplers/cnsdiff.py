@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cnsdiff_dist import losses
 from cnsdiff_dist.config import Config
+from cnsdiff_dist.data.draws import Draws
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.stream import Batch
-from cnsdiff_dist.draws import Draws
+from cnsdiff_dist.distributed.world import World
+from cnsdiff_dist.models import losses
 from cnsdiff_dist.models.denoiser import Denoiser
 from cnsdiff_dist.models.diffusion import Denoise, make_schedule, q_sample, reverse_levels
 from cnsdiff_dist.samplers.pools import KnownPositives, batch_offsets
 from cnsdiff_dist.samplers.protocol import Latents, Negatives, Pool
 from cnsdiff_dist.samplers.uniform import UniformSampler, picked
-from cnsdiff_dist.world import World
 
 
 class CNSDiffSampler:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from cnsdiff_dist.config import Config
+from cnsdiff_dist.data.draws import Draws
 from cnsdiff_dist.data.graph import GraphArrays
-from cnsdiff_dist.draws import Draws
+from cnsdiff_dist.distributed.world import World
 from cnsdiff_dist.models.denoiser import Denoiser
 from cnsdiff_dist.models.diffusion import make_schedule, p_sample, q_sample
 from cnsdiff_dist.samplers.cnsdiff import hardest, mixture
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
 from cnsdiff_dist.samplers.uniform import UniformSampler
-from cnsdiff_dist.world import World
 
 _LEVELS = (10, 14, 18)
 _DROPOUT = 0.1

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cnsdiff_dist.data.draws import Draws
 from cnsdiff_dist.data.graph import GraphArrays
-from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
 from cnsdiff_dist.samplers.uniform import UniformSampler, chosen, picked
 

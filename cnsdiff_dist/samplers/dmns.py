@@ -14,12 +14,12 @@ import numpy.typing as npt
 import torch
 
 from cnsdiff_dist.config import Config
+from cnsdiff_dist.data.draws import Draws
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.stream import Batch
-from cnsdiff_dist.draws import Draws
+from cnsdiff_dist.distributed.world import World
 from cnsdiff_dist.samplers.cnsdiff import CNSDiffSampler, hardest
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
-from cnsdiff_dist.world import World
 
 
 class DMNSSampler(CNSDiffSampler):

@@ -6,8 +6,8 @@ DNS(M, N), Shi et al., "On the Theories Behind Hard Negative Sampling for Recomm
 WWW 2023: j is uniform over the N highest-scored of the M candidates; N = 1 is DNS.
 """
 
+from cnsdiff_dist.data.draws import Draws
 from cnsdiff_dist.data.graph import GraphArrays
-from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
 from cnsdiff_dist.samplers.uniform import UniformSampler, chosen, scores
 

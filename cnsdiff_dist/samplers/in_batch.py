@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cnsdiff_dist.data.draws import Draws
 from cnsdiff_dist.data.graph import GraphArrays
-from cnsdiff_dist.draws import Draws
+from cnsdiff_dist.distributed.world import to_device
 from cnsdiff_dist.samplers.pools import KnownPositives, batch_offsets
 from cnsdiff_dist.samplers.protocol import Latents, Negatives, Pool
 from cnsdiff_dist.samplers.uniform import UniformSampler
-from cnsdiff_dist.world import to_device
 
 
 class InBatchSampler(UniformSampler):

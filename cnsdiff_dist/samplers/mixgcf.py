@@ -8,7 +8,7 @@ pools the picks; samplers here see the encoder's pooled output, so both happen o
 
 import torch
 
-from cnsdiff_dist.draws import Draws
+from cnsdiff_dist.data.draws import Draws
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
 from cnsdiff_dist.samplers.uniform import UniformSampler, picked
 

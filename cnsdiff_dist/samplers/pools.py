@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cnsdiff_dist.data.graph import GraphArrays
-from cnsdiff_dist.metrics import Interactions
+from cnsdiff_dist.distributed.world import to_device
+from cnsdiff_dist.evaluation.metrics import Interactions
 from cnsdiff_dist.samplers.protocol import Latents
-from cnsdiff_dist.world import to_device
 
 
 class KnownPositives:

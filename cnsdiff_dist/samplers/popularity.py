@@ -6,10 +6,10 @@ Mikolov et al., "Distributed Representations of Words and Phrases", NeurIPS 2013
 import numpy as np
 import numpy.typing as npt
 
+from cnsdiff_dist.data.draws import Draws
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.stream import Batch
-from cnsdiff_dist.draws import Draws
-from cnsdiff_dist.metrics import Interactions
+from cnsdiff_dist.evaluation.metrics import Interactions
 from cnsdiff_dist.samplers.uniform import UniformSampler
 
 _REDRAWS = 8

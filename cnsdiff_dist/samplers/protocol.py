@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cnsdiff_dist.data.draws import Draws
 from cnsdiff_dist.data.stream import Batch
-from cnsdiff_dist.draws import Draws
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.graph import GraphArrays
+from cnsdiff_dist.distributed.world import World
 from cnsdiff_dist.samplers.ahns import AHNSSampler
 from cnsdiff_dist.samplers.cnsdiff import CNSDiffSampler
 from cnsdiff_dist.samplers.cnsdiff_published import PublishedSampler
@@ -17,7 +18,6 @@ from cnsdiff_dist.samplers.protocol import Sampler
 from cnsdiff_dist.samplers.softmax import SoftmaxSampler
 from cnsdiff_dist.samplers.srns import SRNSSampler
 from cnsdiff_dist.samplers.uniform import UniformSampler
-from cnsdiff_dist.world import World
 
 
 def make_sampler(config: Config, graph: GraphArrays, environments: int, world: World) -> Sampler:

@@ -6,8 +6,8 @@ Recommendation", WWW 2023: among N uniform candidates, p(j) ~ exp(s(u, j) / rho)
 
 import torch
 
+from cnsdiff_dist.data.draws import Draws
 from cnsdiff_dist.data.graph import GraphArrays
-from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
 from cnsdiff_dist.samplers.uniform import UniformSampler, chosen, scores
 

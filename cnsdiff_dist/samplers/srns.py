@@ -14,8 +14,8 @@ Shapes: K subspaces.
 
 import torch
 
+from cnsdiff_dist.data.draws import Draws
 from cnsdiff_dist.data.graph import GraphArrays
-from cnsdiff_dist.draws import Draws
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
 from cnsdiff_dist.samplers.uniform import UniformSampler, chosen, scores
 

@@ -5,11 +5,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from cnsdiff_dist.data.draws import Draws
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.stream import Batch
-from cnsdiff_dist.draws import Draws
+from cnsdiff_dist.distributed.world import to_device
 from cnsdiff_dist.samplers.protocol import Latents, Negatives
-from cnsdiff_dist.world import to_device
 
 
 class UniformSampler:

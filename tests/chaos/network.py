@@ -1,7 +1,7 @@
 """Two hosts that can lose each other, as nodes of a training."""
 
 from tests.chaos.job import COMING_AND_GOING, Node
-from tests.hosts import TwoHosts
+from tests.support.hosts import TwoHosts
 
 _PORT = 29_411
 

@@ -17,7 +17,7 @@ from tests.chaos.lab import TIMEOUT_SECONDS, Lab
 from tests.chaos.network import TwoNodes
 from tests.chaos.proxy import Proxy, Weather
 from tests.chaos.store import BucketRun, LocalRun, distcp_files, folder_of
-from tests.s3server import S3Server
+from tests.support.s3server import S3Server
 
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 _ORPHAN_SECONDS = 20  # how long ranks may outlive the first step of their successors

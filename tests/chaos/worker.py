@@ -74,7 +74,7 @@ def main() -> None:
     from cnsdiff_dist import cli
 
     cli.quiet()
-    from cnsdiff_dist.trainer import Trainer
+    from cnsdiff_dist.training.loop import Trainer
 
     trace = Trace(Path(os.environ["CHAOS_TRACE"]))
     pause = float(os.environ.get("CHAOS_STEP_SECONDS", "0"))
