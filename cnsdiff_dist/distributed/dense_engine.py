@@ -85,10 +85,7 @@ class DenseEngine:
         for name, parameter in self._engine.module.named_parameters():
             saved = state[name]
             # The copy that computes, whole or partitioned, then the fp32 master and moments.
-            with (
-                torch.no_grad(),
-                deepspeed.zero.GatheredParameters(parameter, modifier_rank=0),
-            ):
+            with torch.no_grad(), deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
                 parameter.data.copy_(saved["value"])
             if self._stage == 0:
                 for moment in _MOMENTS:

@@ -18,13 +18,7 @@ from cnsdiff_dist.distributed.sharded_tables import ShardedTables
 from cnsdiff_dist.distributed.world import World
 from cnsdiff_dist.models import losses
 from cnsdiff_dist.models.exact_propagation import propagate_own
-from cnsdiff_dist.models.lightgcn import (
-    Block,
-    full_block,
-    full_position,
-    propagate,
-    sampled_block,
-)
+from cnsdiff_dist.models.lightgcn import Block, full_block, full_position, propagate, sampled_block
 
 Ids = npt.NDArray[np.int64]
 AUTO_NODES = 100_000

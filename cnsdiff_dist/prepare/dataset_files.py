@@ -128,8 +128,7 @@ def _split_rows(
         order = f"{draw('order')}, {order}"
     listed = ", ".join(f'"{column}"::BIGINT AS "{column}"' for column in columns)
     return _query(
-        db,
-        f"SELECT {listed} FROM rows WHERE split = {SPLITS.index(name)} ORDER BY {order}",
+        db, f"SELECT {listed} FROM rows WHERE split = {SPLITS.index(name)} ORDER BY {order}"
     )
 
 

@@ -16,12 +16,7 @@ import pytest
 import yaml
 
 from cnsdiff_dist.cli import main
-from cnsdiff_dist.comparison.results import (
-    best_other,
-    finished_runs,
-    paired_bootstrap,
-    verdict,
-)
+from cnsdiff_dist.comparison.results import best_other, finished_runs, paired_bootstrap, verdict
 from cnsdiff_dist.comparison.scheduler import best_trial
 from cnsdiff_dist.comparison.single_run import selection
 from cnsdiff_dist.comparison.suite import jobs_of, load_suite, trials
@@ -36,10 +31,7 @@ def _suite(folder: Path, **changes: Any) -> str:
         "seeds": [0, 1],
         "base": {"model.dim": 16, "train.epochs": 1, "train.batch": 512, "generator.hidden": 16},
         "datasets": {"data": {"url": str(folder / "data"), "select": "valid_ood"}},
-        "methods": {
-            "ours": {},
-            "dns": {"set": {"negatives.kind": "dns", "objective.kind": "bpr"}},
-        },
+        "methods": {"ours": {}, "dns": {"set": {"negatives.kind": "dns", "objective.kind": "bpr"}}},
         "search": {"kind": "grid", "trials": 2, "space": {"tables.lr": [0.02, 0.1]}},
     } | changes
     path = folder / "suite.yaml"
@@ -79,9 +71,7 @@ def test_a_wrong_suite_is_one_line(tmp_path: Path, changes: dict[str, Any], says
     assert "\n" not in str(caught.value)
 
 
-def test_random_trials_are_distinct_repeatable_and_as_many_for_every_method(
-    tmp_path: Path,
-) -> None:
+def test_random_trials_are_distinct_repeatable_and_as_many_for_every_method(tmp_path: Path) -> None:
     space = {"tables.lr": {"low": 0.01, "high": 0.1, "log": True}, "model.layers": [0, 1, 2]}
     search = {"kind": "random", "trials": 5, "space": space}
     suite = load_suite(_suite(tmp_path, search=search))

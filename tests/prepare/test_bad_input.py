@@ -130,10 +130,7 @@ def test_damaged_files(tmp_path: Path) -> None:
 
 def test_parquet_types(tmp_path: Path) -> None:
     for columns, expected in (
-        (
-            {"user": [1.5], "item": [1]},
-            "column user holds double, but a user column",
-        ),
+        ({"user": [1.5], "item": [1]}, "column user holds double, but a user column"),
         ({"user": [1, None], "item": [1, 2]}, "log.parquet: row 2: column user: empty id"),
         ({"user": [1], "item": [1], "rating": [True]}, "column rating holds bool"),
         ({"user": [1], "item": [1], "rating": ["x"]}, "row 1: column rating: 'x' is not a finite"),
