@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import machine, report
-from cnsdiff_dist.evaluation.metrics import Interactions
+from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.evaluation.top_k import ExactSearch
 from cnsdiff_dist.inference.faiss_search import ApproximateSearch, recall_sums
 

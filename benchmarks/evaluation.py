@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from benchmarks.machine import alternated, machine, ratio, report
+from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.distributed.world import join_world
-from cnsdiff_dist.evaluation.metrics import Interactions
 from cnsdiff_dist.evaluation.top_k import ExactSearch, rank
 
 K, CHUNK = 20, 256

@@ -27,11 +27,11 @@ from cnsdiff_dist.cli import quiet
 from cnsdiff_dist.config import Config, load_config
 from cnsdiff_dist.data.dataset import load_manifest, read_split
 from cnsdiff_dist.data.graph import GraphArrays, open_graph
+from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.data.stream import Batch
 from cnsdiff_dist.distributed.world import World, join_world
 from cnsdiff_dist.evaluation.evaluator import Evaluator
-from cnsdiff_dist.evaluation.metrics import Interactions
 from cnsdiff_dist.training.loop import Trainer
 
 PARTS = ("candidates", "encode", "negatives", "backward", "engine step", "the rest")

@@ -19,10 +19,10 @@ from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.dataset import load_manifest, read_ids, read_split
 from cnsdiff_dist.data.draws import Draws
 from cnsdiff_dist.data.graph import GraphArrays, open_graph
+from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.distributed.world import World, join_world
 from cnsdiff_dist.evaluation.evaluator import train_interactions
-from cnsdiff_dist.evaluation.metrics import Interactions
 from cnsdiff_dist.inference.trained_model import best_commit
 from cnsdiff_dist.runs.directory import read_config
 from cnsdiff_dist.samplers.protocol import Latents, Negatives

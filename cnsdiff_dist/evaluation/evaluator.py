@@ -13,10 +13,11 @@ from torch import Tensor
 from cnsdiff_dist.config import Evaluation
 from cnsdiff_dist.data.dataset import read_split
 from cnsdiff_dist.data.graph import GraphArrays
+from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.distributed.world import World
 from cnsdiff_dist.errors import UserError
-from cnsdiff_dist.evaluation.metrics import METRICS, Interactions, RankingSums
+from cnsdiff_dist.evaluation.metrics import METRICS, RankingSums
 from cnsdiff_dist.evaluation.top_k import ExactSearch, owned, rank
 
 

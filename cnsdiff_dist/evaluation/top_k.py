@@ -16,8 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.distributed.world import World
-from cnsdiff_dist.evaluation.metrics import Interactions, top_k
+from cnsdiff_dist.evaluation.metrics import top_k
 
 Ids = npt.NDArray[np.int64]
 ITEMS = 16_384  # scored at a time

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cnsdiff_dist.data.graph import GraphArrays
+from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.distributed.world import to_device
-from cnsdiff_dist.evaluation.metrics import Interactions
 from cnsdiff_dist.samplers.protocol import Latents
 
 

@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from cnsdiff_dist.data.draws import Draws
 from cnsdiff_dist.data.graph import GraphArrays
+from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.data.stream import Batch
-from cnsdiff_dist.evaluation.metrics import Interactions
 from cnsdiff_dist.samplers.uniform import UniformSampler
 
 _REDRAWS = 8

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.distributed.world import World
-from cnsdiff_dist.evaluation.metrics import Interactions, RankingSums, top_k
+from cnsdiff_dist.evaluation.metrics import RankingSums, top_k
 from cnsdiff_dist.evaluation.top_k import ExactSearch, rank
 
 KS = (2, 5)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cnsdiff_dist.cli import main
-from cnsdiff_dist.evaluation.metrics import Interactions
+from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.evaluation.top_k import MASKED, ExactSearch
 from cnsdiff_dist.inference.faiss_search import ApproximateSearch, recall_sums
 from tests.support.lists import read_lists

@@ -12,10 +12,10 @@ from torch.nn import functional
 from cnsdiff_dist.config import Config, parse_config
 from cnsdiff_dist.data.draws import Draws
 from cnsdiff_dist.data.graph import GraphArrays
+from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.data.stream import Batch
 from cnsdiff_dist.distributed.world import World
 from cnsdiff_dist.errors import UserError
-from cnsdiff_dist.evaluation.metrics import Interactions
 from cnsdiff_dist.samplers.cnsdiff import hardest
 from cnsdiff_dist.samplers.cnsdiff_published import PublishedSampler
 from cnsdiff_dist.samplers.dens import DENSSampler
