@@ -2,16 +2,17 @@
 # docker build -t cnsdiff --build-arg LOCK=cpu .     for CPU nodes; see docs/dependencies.md
 # docker run --read-only --tmpfs /tmp --tmpfs /cache --shm-size 1g \
 #     -v "$PWD/data:/app/data" -v "$PWD/runs:/app/runs" cnsdiff launch/torchrun.sh train configs/demo.yaml
-# launch/image.sh builds the image without docker, and checks it.
+# launch/image.sh builds and checks the image without docker.
 
-# All stages have the same Python at the same path, or the environment would not fit.
+# All stages have the same Python at the same path, because the environment refers to it.
 ARG BASE=debian:bookworm-slim
 
 FROM ${BASE} AS python
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-# Debian's mirrors keep only the newest version of a package: a pin would soon not build.
-# With SOURCE_DATE_EPOCH, whatever its value, Python finds bytecode valid by the hash of its source:
-# a build that sets all times to one keeps it. Logs and caches differ from build to build.
+# Debian's mirrors keep only the newest version of a package, so a pinned version would soon not build.
+# With SOURCE_DATE_EPOCH, whatever its value, Python checks bytecode by the hash of its source, so the
+# bytecode stays valid in a build that sets all times to one. Logs and caches are removed because they
+# differ from build to build.
 # hadolint ignore=DL3008
 RUN export DEBIAN_FRONTEND=noninteractive SOURCE_DATE_EPOCH=315532800 \
     && apt-get update \
@@ -21,17 +22,17 @@ RUN export DEBIAN_FRONTEND=noninteractive SOURCE_DATE_EPOCH=315532800 \
         /var/cache/ldconfig/* /var/log/* /tmp/*
 
 
-# Wheels that no index has: docker build --build-context wheels=FOLDER
+# For wheels that no index has: docker build --build-context wheels=FOLDER
 FROM scratch AS wheels
 
 
 FROM python AS libraries
 ARG LOCK=cuda
-# An index beside pip's default, for example the one with the CPU builds of torch.
+# PIP_EXTRA_INDEX_URL is an index beside pip's default, for example the one with torch's CPU builds.
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS=/wheels
-# As a variable, the constraint also holds for what a source package is built with.
+# The constraint is a variable so that it also holds for the packages that a source build needs.
 ENV PIP_CONSTRAINT=/requirements/${LOCK}.txt PIP_PYTHON=/opt/cnsdiff/bin/python PIP_USE_PEP517=1 \
     PIP_NO_CACHE_DIR=1 PIP_NO_COMPILE=1 PIP_PROGRESS_BAR=off PIP_ROOT_USER_ACTION=ignore \
     PIP_DISABLE_PIP_VERSION_CHECK=1 SOURCE_DATE_EPOCH=315532800 PYTHONHASHSEED=0
@@ -39,14 +40,14 @@ ENV PIP_CONSTRAINT=/requirements/${LOCK}.txt PIP_PYTHON=/opt/cnsdiff/bin/python 
 RUN apt-get update && apt-get install -y --no-install-recommends python3-pip \
     && python3 -m venv --without-pip /opt/cnsdiff
 COPY requirements/ /requirements/
-# The secret is the certificates of a network that has its own.
+# The secret holds the certificates of a network that has its own certificate authority.
 RUN --mount=type=bind,from=wheels,target=/wheels --mount=type=secret,id=ca \
     if [ -e /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi \
     && pip install "$(grep '^torch==' "/requirements/${LOCK}.txt")" \
     && pip install -r "/requirements/${LOCK}.txt" \
     && if [ "${LOCK}" = cpu ]; then pip install --no-deps -r /requirements/cpu-nodeps.txt; fi
-# Only builds and tests need these; of torch's programs one is run, the manager of shared memory.
-# Bytecode is an eighth of the image, and without it every start would take three times as long.
+# Only builds and tests need these files. Of torch's programs only the shared memory manager is run.
+# Bytecode is an eighth of the image; without it every start would take three times as long.
 WORKDIR /opt/cnsdiff/lib/python3.11/site-packages
 RUN rm -rf torch/include torch/share/cmake torch/test pyarrow/include \
     && find torch/bin -mindepth 1 ! -name torch_shm_manager -delete \
@@ -73,18 +74,19 @@ WORKDIR /app
 COPY configs/ configs/
 COPY launch/torchrun.sh launch/nightly.sh launch/slurm.sbatch launch/
 
-# The root file system may be read-only; nvidia-smi (utility) is how the launcher counts GPUs.
+# HOME and CNSDIFF_CACHE are writable even if the root file system is read-only. The launch script
+# finds GPUs with nvidia-smi, which the driver capability "utility" provides.
 ENV PATH=/opt/cnsdiff/bin:$PATH HOME=/tmp CNSDIFF_CACHE=/cache PYTHONUNBUFFERED=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 1000:1000
 STOPSIGNAL SIGTERM
-# http.client, since urllib would ask a proxy that the environment names.
+# The check uses http.client because urllib would use a proxy that the environment names.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=120s CMD ["/usr/bin/python3", "-IS", "-c", \
     "import http.client, os\nport = os.environ.get('CNSDIFF_HEALTH_PORT')\nif port:\n    probe = http.client.HTTPConnection('127.0.0.1', int(port), timeout=4)\n    probe.request('GET', '/healthz')\n    raise SystemExit(probe.getresponse().status != 200)"]
 ENTRYPOINT ["tini", "--"]
 CMD ["cnsdiff", "--help"]
 
-# Last, because they change with every commit.
+# The labels come last because they change with every commit.
 ARG CREATED=
 ARG REVISION=
 ARG SOURCE=

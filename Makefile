@@ -1,4 +1,4 @@
-# make help says what there is. Every target makes .venv by itself, once.
+# `make help` lists the targets. Every target creates .venv if it is missing.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -10,12 +10,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
 CORES := $(shell getconf _NPROCESSORS_ONLN)
+# Test workers: more than two cores, since many tests wait for processes of their own.
+WORKERS ?= $(shell echo $$(( $(CORES) < 3 ? 3 : $(CORES) > 8 ? 8 : $(CORES) )))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 LOCK := $(if $(filter-out 0,$(GPUS)),cuda,cpu)
 NPROC ?= $(if $(filter cuda,$(LOCK)),$(GPUS),$(if $(filter 1,$(CORES)),1,2))
 PIP := $(BIN)/python -m pip install -qq --progress-bar off --disable-pip-version-check
 export PYTHONUNBUFFERED := 1
 
-# A stamp is written last: an install that was cut short is done again.
+# A stamp file is written last, so that an interrupted install is repeated.
 RUNTIME := $(VENV)/.runtime-$(LOCK)
 PACKAGE := $(VENV)/.package
 DEV := $(VENV)/.dev
@@ -50,12 +53,12 @@ lint: $(PACKAGE) $(DEV)  ## ruff, mypy, import-linter, shellcheck and hadolint
 	$(BIN)/hadolint Dockerfile
 
 test-fast: $(PACKAGE) $(DEV)  ## the default tests (not slow, not gpu)
-	@echo "== tests"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	@echo "== tests, by $(WORKERS) workers"
+	$(PYTEST)
 
 test-slow: $(PACKAGE) $(DEV)  ## the slow tests
-	@echo "== slow tests"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not gpu" --timeout 1800
+	@echo "== slow tests, by $(WORKERS) workers"
+	$(PYTEST) -m "slow and not gpu" --timeout 1800
 
 install: $(PACKAGE)  ## .venv with cnsdiff, pinned
 

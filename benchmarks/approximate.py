@@ -2,24 +2,25 @@
 
     python -m benchmarks.approximate [--items 1000000] [--recall 0.95]
 
-One process, one thread. ``clustered`` items and users lie around 3,000 centres; ``noise`` has no
-structure that an index could use, so every item is scored after all.
+One process, one thread. ``clustered`` items and users lie around 3,000 centres. ``noise`` has no
+structure that an index could use, so the search scores every item after all.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from benchmarks.machine import machine, report
 from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.evaluation.top_k import ExactSearch
 from cnsdiff_dist.inference.faiss_search import ApproximateSearch, recall_sums
 
-K, CENTRES, MASKED, SAMPLE = 20, 3000, 15, 512
+K, CENTRES, MASKED_ITEMS, TUNING_USERS = 20, 3000, 15, 512
 
 
 def main() -> None:
@@ -37,39 +38,40 @@ def main() -> None:
 
 
 def _measure(args: argparse.Namespace, between: float, within: float) -> dict[str, Any]:
+    """Seconds and recall, for standard deviations between the centres and within a cluster."""
     torch.manual_seed(0)
     centre = between * torch.randn(CENTRES, args.dim)
-    rows = args.items + args.users + SAMPLE
+    rows = args.items + args.users + TUNING_USERS
     vector = centre[torch.randint(CENTRES, (rows,))] + within * torch.randn(rows, args.dim)
     item, user = vector[: args.items], vector[args.items :]
-    everyone = np.arange(len(user))
-    known = np.random.default_rng(0).integers(args.items, size=len(user) * MASKED)
-    shape = (len(user), args.items)
-    masks = [Interactions.from_pairs(np.repeat(everyone, MASKED), known, shape)]
+    row = np.arange(len(user))
+    masks = [_random_masks(row, args.items)]
     exact = ExactSearch(torch.nn.functional.normalize(item, dim=1), range(args.items), masks, K)
     seconds: dict[str, float] = {}
 
-    def timed(name: str, function: Any, *words: Any) -> Any:
+    def timed(name: str, function: Callable[..., Any], *words: Any) -> Any:
         started = time.perf_counter()
         result = function(*words)
         seconds[name] = time.perf_counter() - started
         return result
 
-    def lists(name: str, search: Any, of: slice) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = timed(name, search, user[of], everyone[of])
-        return result
-
-    others = slice(SAMPLE, None)
     search: ApproximateSearch = timed("build", ApproximateSearch, exact, args.recall)
-    lists("tune", search.tune, slice(SAMPLE))
-    pair = [lists(name, s, others)[1] for name, s in (("ours", search), ("exact", exact))]
-    hits, of = recall_sums(*(items.numpy() for items in pair))
+    timed("tune", search.tune, user[:TUNING_USERS], row[:TUNING_USERS])
+    others = user[TUNING_USERS:], row[TUNING_USERS:]
+    found = timed("ours", search, *others)[1].numpy()
+    wanted = timed("exact", exact, *others)[1].numpy()
+    hits, of = recall_sums(found, wanted)
     return {
         "index_seconds": round(seconds["build"] + seconds["tune"], 1),
         "users_per_second": {n: round(args.users / seconds[n]) for n in ("exact", "ours")},
         "times": round(seconds["exact"] / seconds["ours"], 1),
         "recall": round(hits / of, 3),
     }
+
+
+def _random_masks(row: npt.NDArray[np.int64], items: int) -> Interactions:
+    known = np.random.default_rng(0).integers(items, size=len(row) * MASKED_ITEMS)
+    return Interactions.from_pairs(np.repeat(row, MASKED_ITEMS), known, (len(row), items))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What a checkpoint every 100 steps costs the steps, and what it takes behind them.
+"""What a checkpoint every 100 steps costs the steps, and how long it is written behind them.
 
     python -m benchmarks.checkpoint [--nodes 1000000] [--every 100] [--root data]
 
-A synthetic power-law graph, the demo config at fan-out 10/5; one process, one thread. Rounds of
-steps without a checkpoint alternate with rounds that begin with one, as the trainer makes it: the
-check for finite parameters, the copy, and behind the steps the write (hash, fsync, commit). The
-floor of the copy is the checkpoint's bytes read and written once.
+A synthetic power-law graph and the demo config at fan-out 10/5; one process, one thread. Rounds
+of steps without a checkpoint alternate with rounds that begin with one. It is made as in training:
+the check for finite parameters and the copy hold up the steps, the write (hash, fsync, commit)
+runs behind them. The floor of the copy is the checkpoint's bytes read and written once.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from benchmarks.graphs import power_law_dataset, sampled_trainer
 from benchmarks.machine import machine, report
 from cnsdiff_dist.checkpoint.manager import Costs
 from cnsdiff_dist.cli import quiet
-from cnsdiff_dist.training.loader import Ready
+from cnsdiff_dist.training.finite import refuse_non_finite
+from cnsdiff_dist.training.loader import StepInputs
 from cnsdiff_dist.training.loop import Trainer
 
 
@@ -43,13 +44,13 @@ def main() -> None:
 
 def _measure(trainer: Trainer, args: argparse.Namespace) -> dict[str, object]:
     feed = itertools.chain.from_iterable(trainer.loader.steps(epoch) for epoch in range(1000))
-    _round(trainer, feed, args.every // 2, save=False)  # first touches of tables and graph
+    _round(trainer, feed, args.every // 2, save=False)  # first touch of tables and graph is slow
     _save(trainer)
     trainer.checkpoints.wait()
     trainer.checkpoints.costs = costs = Costs()
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(2 * args.rounds):
-        save = bool((turn + 1) // 2 % 2)  # plain, save, save, plain: drift hits both alike
+        save = bool((turn + 1) // 2 % 2)  # without, with, with, without: drift hits both alike
         seconds[save].append(_round(trainer, feed, args.every, save))
     plain, saving = (float(np.median(seconds[key])) for key in (False, True))
     return {
@@ -62,21 +63,23 @@ def _measure(trainer: Trainer, args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _round(trainer: Trainer, feed: Iterator[Ready], steps: int, save: bool) -> float:
+def _round(trainer: Trainer, feed: Iterator[StepInputs], steps: int, save: bool) -> float:
+    """Seconds of so many steps, after a checkpoint if ``save``."""
     started = time.perf_counter()
     if save:
         _save(trainer)
-    for ready in itertools.islice(feed, steps):
-        trainer.step(ready)
+    for inputs in itertools.islice(feed, steps):
+        trainer.step.set_learning_rates(trainer.progress.step)
+        trainer.take_step(inputs)
         trainer.progress.step += 1
     seconds = time.perf_counter() - started
-    trainer.checkpoints.wait()  # over long ago, unless steps are shorter than the write
+    trainer.checkpoints.wait()  # ended long ago, unless the steps took less time than the write
     return seconds
 
 
 def _save(trainer: Trainer) -> None:
-    state = trainer.state()
-    trainer._refuse_divergence(state)
+    state = trainer.step.state()
+    refuse_non_finite(state, trainer.world, trainer.progress.step)
     trainer._save(state, None)
 
 

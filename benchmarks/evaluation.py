@@ -2,11 +2,12 @@
 
     python -m benchmarks.evaluation [--items 200000] [--users 2048]
 
-One process, one thread. Both score every item for the same users, 256 at a time, and keep 20;
-ours also masks each user's train items.
+One process, one thread. Both score every item for the same users, 256 at a time, and keep 20
+items. Ours also masks each user's train items.
 """
 
 import argparse
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ import torch
 from benchmarks.machine import alternated, machine, ratio, report
 from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.distributed.world import join_world
-from cnsdiff_dist.evaluation.top_k import ExactSearch, rank
+from cnsdiff_dist.evaluation.top_k import ExactSearch, top_k_lists
 
 K, CHUNK = 20, 256
 
@@ -28,22 +29,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    world = join_world(60)
-    user, item = torch.randn(args.users, args.dim), torch.randn(args.items, args.dim)
-    known = np.random.default_rng(0).integers(args.items, size=args.users * args.masked)
-    owners = np.repeat(np.arange(args.users), args.masked)
-    masks = [Interactions.from_pairs(owners, known, (args.users, args.items))]
-    search = ExactSearch(item, range(args.items), masks, K)
-
-    def ours() -> None:
-        for _ in rank(user, np.arange(args.users), search, CHUNK, args.users, world):
-            pass
-
-    def bare() -> None:
-        for start in range(0, args.users, CHUNK):
-            torch.topk(user[start : start + CHUNK] @ item.t(), K, dim=1)
-
-    seconds = alternated({"ours": ours, "bare": bare}, args.rounds)
+    seconds = alternated(_calls(args), args.rounds)
     report(
         {
             "benchmark": "evaluation",
@@ -55,6 +41,25 @@ def main() -> None:
             "share_of_bare": round(ratio(seconds, "bare", "ours"), 3),
         }
     )
+
+
+def _calls(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    world = join_world(60)
+    user, item = torch.randn(args.users, args.dim), torch.randn(args.items, args.dim)
+    known = np.random.default_rng(0).integers(args.items, size=args.users * args.masked)
+    owners = np.repeat(np.arange(args.users), args.masked)
+    masks = [Interactions.from_pairs(owners, known, (args.users, args.items))]
+    search = ExactSearch(item, range(args.items), masks, K)
+
+    def ours() -> None:
+        for _ in top_k_lists(user, np.arange(args.users), search, CHUNK, args.users, world):
+            pass
+
+    def bare() -> None:
+        for start in range(0, args.users, CHUNK):
+            torch.topk(user[start : start + CHUNK] @ item.t(), K, dim=1)
+
+    return {"ours": ours, "bare": bare}
 
 
 if __name__ == "__main__":

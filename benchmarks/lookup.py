@@ -1,22 +1,23 @@
-"""A lookup and update through the sharded tables against bare FBGEMM.
+"""A lookup and update through the sharded tables against FBGEMM's kernels alone.
 
     python -m benchmarks.lookup [--rows 1000000] [--ids 20000]
 
-One process, one thread. All update the same number of rows by rowwise Adagrad; the bare kernels
+One process, one thread. All update the same number of rows by rowwise Adagrad. The kernels alone
 get their ids ready-made, and look them up one by one (``single``) or as bags of one (``bags``).
 """
 
 import argparse
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from benchmarks.machine import alternated, machine, ratio, report
 from cnsdiff_dist.cli import quiet
-from cnsdiff_dist.config import Tables
 from cnsdiff_dist.distributed.embedding_tables import TABLES
 from cnsdiff_dist.distributed.sharded_tables import ShardedTables
 from cnsdiff_dist.distributed.world import join_world
+from cnsdiff_dist.sections import Tables
 
 
 def main() -> None:
@@ -28,6 +29,25 @@ def main() -> None:
     args = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
+    seconds = alternated(_calls(args), args.rounds)
+    ids = 2 * args.ids
+    microseconds = {name: 1e6 * float(np.median(values)) for name, values in seconds.items()}
+    shares = {name: round(ratio(seconds, name, "ours"), 3) for name in ("single", "bags")}
+    report(
+        {
+            "benchmark": "lookup",
+            "machine": machine(),
+            "rows": args.rows,
+            "ids": ids,
+            "dim": args.dim,
+            "microseconds_per_id": {n: round(value / ids, 3) for n, value in microseconds.items()},
+            "share_of_bare_fbgemm": shares,
+        }
+    )
+
+
+def _calls(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """The calls to compare; each takes fresh ids every time, and all take the same ones."""
     tables = ShardedTables(args.rows, args.rows, args.dim, Tables(), 8, 0, join_world(60))
     single = _bare(2, args.rows, args.dim, "NONE")
     bags = [_bare(1, args.rows, args.dim, "SUM") for _ in TABLES]
@@ -52,24 +72,7 @@ def main() -> None:
         for kernel, some, part in zip(bags, next(of_bags), gradient.chunk(2)):
             kernel(some, offsets).backward(part)
 
-    calls = {"ours": ours, "single": one_by_one, "bags": as_bags}
-    seconds = alternated(calls, args.rounds)
-    report(
-        {
-            "benchmark": "lookup",
-            "machine": machine(),
-            "rows": args.rows,
-            "ids": 2 * args.ids,
-            "dim": args.dim,
-            "microseconds_per_id": {
-                name: round(1e6 * float(np.median(values)) / (2 * args.ids), 3)
-                for name, values in seconds.items()
-            },
-            "share_of_bare_fbgemm": {
-                name: round(ratio(seconds, name, "ours"), 3) for name in ("single", "bags")
-            },
-        }
-    )
+    return {"ours": ours, "single": one_by_one, "bags": as_bags}
 
 
 def _bare(tables: int, rows: int, dim: int, pooling: str) -> torch.nn.Module:
@@ -82,9 +85,11 @@ def _bare(tables: int, rows: int, dim: int, pooling: str) -> torch.nn.Module:
 
     table = (rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)
     operator = SplitTableBatchedEmbeddingBagsCodegen(
-        [table] * tables, optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=0.05,
+        [table] * tables,
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=0.05,
         pooling_mode=PoolingMode[pooling],
-    )  # fmt: skip
+    )
     for weights in operator.split_embedding_weights():
         weights.data.normal_()
     return operator

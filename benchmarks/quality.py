@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality --config configs/food.yaml --data data/food --seeds 0 1 2
 
-Each model is the best checkpoint by the preset's validation; the tests are only reported. Runs
-that exist are not repeated.
+Each model is the best checkpoint by the preset's validation; the tests are only reported. A run
+that is finished is not repeated.
 """
 
 import argparse
@@ -26,23 +26,30 @@ def main() -> None:
     parser.add_argument("--runs", default="runs/quality", help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_args()
-    tests = [name for name in load_manifest(args.data).splits if name.startswith("test")]
     found: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for seed in args.seeds:
         for kind in ("uniform", "cnsdiff"):
-            run = f"{args.runs}/{kind}-{seed}"
-            words = [f"data.url={args.data}", f"run.dir={run}", f"run.seed={seed}"]
-            _run("train", args.config, *words, f"negatives.kind={kind}", *args.overrides)
-            for split in tests:
-                _run("evaluate", run, "--split", split, "--data", args.data)
-                text = Path(f"{run}/evaluations/{split}.json").read_text(encoding="utf-8")
-                found[kind, split].append(json.loads(text)["metrics"])
-            found[kind, "validation (best)"].append(_best_validation(Path(run)))
+            for split, metrics in _results(args, kind, seed).items():
+                found[kind, split].append(metrics)
     print("\n| negatives | split | " + " | ".join(METRICS) + " |")
     print("|---|---|" + "---|" * len(METRICS))
     for (kind, split), results in sorted(found.items()):
         cells = [_mean([result[name] for result in results]) for name in METRICS]
         print(f"| {kind} | {split} | " + " | ".join(cells) + " |")
+
+
+def _results(args: argparse.Namespace, kind: str, seed: int) -> dict[str, dict[str, float]]:
+    """Train and evaluate one run; its metrics by split."""
+    run = f"{args.runs}/{kind}-{seed}"
+    words = [f"data.url={args.data}", f"run.dir={run}", f"run.seed={seed}"]
+    _run("train", args.config, *words, f"negatives.kind={kind}", *args.overrides)
+    found = {}
+    for split in load_manifest(args.data).splits:
+        if split.startswith("test"):
+            _run("evaluate", run, "--split", split, "--data", args.data)
+            text = Path(f"{run}/evaluations/{split}.json").read_text(encoding="utf-8")
+            found[split] = json.loads(text)["metrics"]
+    return found | {"validation (best)": _best_validation(Path(run))}
 
 
 def _best_validation(run: Path) -> dict[str, float]:

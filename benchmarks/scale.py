@@ -3,13 +3,13 @@
     python -m benchmarks.scale [--nodes 100000 1000000 10000000] [--batch 64 1024] [--root data]
 
 10 edges a node, fan-out 10/5; one process and one thread per size and batch, taking turns. The
-datasets are made by `cnsdiff prepare` and kept (10 million nodes: 8 minutes, 1.7 GB). Of a step,
-only what is in the training loop is timed: the block has been sampled ahead, and what that took is
-beside it.
+datasets are made by `cnsdiff prepare` and kept (10 million nodes: 8 minutes, 1.7 GB). The time of
+a step is what the training loop waits for; the sampling of its block, which runs ahead of it, is
+reported separately.
 
-A small catalogue makes a small block: once a batch's sample covers much of the graph, its
-neighbours coincide. So the first batch is small enough for the smallest graph, and the growth
-over the others says what coinciding saves there.
+A small graph makes a small block: once the sample of a batch covers much of the graph, its
+neighbours coincide. So the first batch is small enough for the smallest graph, and the growth at
+the other batches shows what coinciding saves there.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from cnsdiff_dist.cli import quiet
 from cnsdiff_dist.data.dataset import load_manifest
 
 CONSTANT_GIB = 0.8
-"""Of the memory bound: the process with its libraries (0.45) and a step's own arrays."""
+"""Of the memory bound: the process with its libraries (0.45) and the arrays of a step."""
 
 
 def main() -> None:
@@ -49,27 +49,20 @@ def main() -> None:
     rounds: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for _, nodes, batch in itertools.product(range(args.rounds), args.nodes, args.batch):
         words = ["--one", data[nodes], str(batch), "--steps", str(args.steps)]
-        rounds.setdefault((nodes, batch), []).append(_apart(words))
+        rounds.setdefault((nodes, batch), []).append(_measure_apart(words))
     found = [
         {"nodes": nodes, "batch": batch, **min(runs, key=lambda run: float(run["step_ms"]))}
         for (nodes, batch), runs in rounds.items()
     ]
-    report(
-        {
-            "benchmark": "scale",
-            "machine": machine(),
-            "fan_out": [10, 5],
-            "runs": found,
-            "growth": {
-                str(batch): _growth([run for run in found if run["batch"] == batch])
-                for batch in args.batch
-            },
-        }
-    )
+    growth = {
+        str(batch): _growth([run for run in found if run["batch"] == batch]) for batch in args.batch
+    }
+    result = {"benchmark": "scale", "machine": machine(), "fan_out": [10, 5]}
+    report({**result, "runs": found, "growth": growth})
 
 
-def _apart(words: list[str]) -> dict[str, Any]:
-    """In a process of its own: the peak of memory is that of one run."""
+def _measure_apart(words: list[str]) -> dict[str, Any]:
+    """Measure in a process of its own, since the peak of memory is that of a process."""
     command = [sys.executable, "-m", "benchmarks.scale", *words]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -77,7 +70,7 @@ def _apart(words: list[str]) -> dict[str, Any]:
 
 
 def _growth(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """The largest graph over the smallest."""
+    """The largest graph's values over the smallest graph's."""
     first, last = runs[0], runs[-1]
     return {name: round(last[name] / first[name], 3) for name in ("step_ms", "block_rows")}
 
@@ -90,13 +83,13 @@ def _measure(data: str, batch: int, steps: int) -> dict[str, Any]:
     sampling, stepping, rows = [], [], []
     for taken in itertools.islice(trainer.stream.batches(0), steps):
         started = time.perf_counter()
-        ready = trainer.loader.prepare(taken)
+        inputs = trainer.loader.prepare(taken)
         sampled = time.perf_counter()
-        trainer.step(ready)
+        trainer.take_step(inputs)
         stepping.append(time.perf_counter() - sampled)
         sampling.append(sampled - started)
-        rows.append(len(ready.block.users) + len(ready.block.items))
-    warm = steps // 3  # first touches of tables and graph are not steps
+        rows.append(len(inputs.block.users) + len(inputs.block.items))
+    warm = steps // 3  # the first steps touch tables and graph for the first time
     table = 4 * (config.model.dim + 1) * (manifest.users + manifest.items)
     graph_bytes = sum(blob.bytes for blob in manifest.graph.blobs)
     bound = 1.15 * table / world.size + graph_bytes

@@ -2,10 +2,10 @@
 
     python -m benchmarks.step --data data/food [--config configs/food.yaml] [KEY=VALUE ...]
 
-One process, one thread. Steps of both alternate, so that both meet the same weather; every
-term of the loss is on. Prints JSON with the machine, the ratio, and each part of our step
-beside its floor: compulsory bytes over the copy bandwidth and operations over the matrix
-product rate, both measured here first.
+One process, one thread. Steps of both alternate, so that both meet the same load of the machine;
+every term of the loss is on. Prints JSON with the machine, the ratio, and each part of our step
+beside its floor: the bytes that it must move over the copy bandwidth, plus its operations over the
+rate of matrix products, both measured here first.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from benchmarks.published import PublishedStep, published_evaluation
 from cnsdiff_dist.cli import quiet
 from cnsdiff_dist.config import Config, load_config
 from cnsdiff_dist.data.dataset import load_manifest, read_split
-from cnsdiff_dist.data.graph import GraphArrays, open_graph
+from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.data.stream import Batch
-from cnsdiff_dist.distributed.world import World, join_world
-from cnsdiff_dist.evaluation.evaluator import Evaluator
+from cnsdiff_dist.distributed.world import join_world
+from cnsdiff_dist.runs.opened import OpenRun
 from cnsdiff_dist.training.loop import Trainer
 
 PARTS = ("candidates", "encode", "negatives", "backward", "engine step", "the rest")
@@ -49,25 +49,24 @@ def main() -> None:
     words = [f"data.url={args.data}", f"run.dir={tempfile.mkdtemp()}", "loss.contrastive=0.3"]
     config = load_config(args.config, [*words, "negatives.kind=cnsdiff", *args.overrides])
     world, manifest = join_world(60), load_manifest(args.data)
-    graph = open_graph(args.data, manifest)
+    run = OpenRun(config, manifest, world)
     result = {
         "benchmark": "step",
         "machine": machine(),
         "dataset": {"name": manifest.name, "users": manifest.users, "items": manifest.items},
         "batch": config.train.batch,
-        **compare_steps(config, manifest, graph, world, args.steps),
-        **compare_evaluations(config, manifest, graph, world),
+        **compare_steps(run, args.steps),
+        **compare_evaluations(run),
     }
     print(json.dumps(result, indent=2))
 
 
-def compare_steps(
-    config: Config, manifest: Manifest, graph: GraphArrays, world: World, steps: int
-) -> dict[str, Any]:
-    """Median milliseconds of both steps, their ratio, and our step's parts."""
-    trainer = Trainer(config, manifest, graph, world)
-    rows = np.split(graph.user_items, graph.user_indptr[1:-1])
-    published = PublishedStep([set(r.tolist()) for r in rows], manifest.users, manifest.items)
+def compare_steps(run: OpenRun, steps: int) -> dict[str, Any]:
+    """Median milliseconds of both steps, their ratio, and the parts of our step."""
+    trainer, graph, config = Trainer(run), run.graph, run.config
+    trainer.step.set_learning_rates(0)
+    positives = [set(row.tolist()) for row in np.split(graph.user_items, graph.user_indptr[1:-1])]
+    published = PublishedStep(positives, run.manifest.users, run.manifest.items)
     batches = [b for b in trainer.stream.batches(0) if len(b.users) == config.train.batch]
     for batch in batches[:3]:
         _step(trainer, batch)
@@ -78,7 +77,7 @@ def compare_steps(
         ours.append(_seconds(partial(_step, trainer, batch)))
         theirs.append(_seconds(partial(published.step, batch.users, batch.items)))
     parts = time_parts(trainer, batches[:steps])
-    floors = floor_milliseconds(config, manifest, graph)
+    floors = floor_milliseconds(config, run.manifest, graph)
     return {
         "step_ms": _milliseconds(ours),
         "published_step_ms": _milliseconds(theirs),
@@ -90,12 +89,12 @@ def compare_steps(
 
 
 def _step(trainer: Trainer, batch: Batch) -> None:
-    """With what the loader's threads would have made ahead."""
-    trainer.step(trainer.loader.prepare(batch))
+    """Make the inputs, which in training the loader's threads make ahead, and do the step."""
+    trainer.take_step(trainer.loader.prepare(batch))
 
 
 def time_parts(trainer: Trainer, batches: list[Any]) -> dict[str, float]:
-    """Median milliseconds of the calls a step is made of."""
+    """Median milliseconds of the calls that a step is made of."""
     seconds: dict[str, list[float]] = defaultdict(list)
 
     def timed(owner: Any, method: str, part: str) -> None:
@@ -110,11 +109,12 @@ def time_parts(trainer: Trainer, batches: list[Any]) -> dict[str, float]:
 
         setattr(owner, method, call)
 
-    timed(trainer.sampler, "candidates", "candidates")
-    timed(trainer.recommender, "encode", "encode")
-    timed(trainer.sampler, "negatives", "negatives")
-    timed(trainer.dense, "backward", "backward")
-    timed(trainer.dense, "step", "engine step")
+    step = trainer.step
+    timed(step.sampler, "candidates", "candidates")
+    timed(step.recommender, "encode", "encode")
+    timed(step.sampler, "negatives", "negatives")
+    timed(step.dense, "backward", "backward")
+    timed(step.dense, "step", "engine step")
     whole = [_seconds(partial(_step, trainer, batch)) for batch in batches]
     parts = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
     parts["the rest"] = 1000 * statistics.median(whole) - sum(parts.values())
@@ -122,7 +122,7 @@ def time_parts(trainer: Trainer, batches: list[Any]) -> dict[str, float]:
 
 
 def floor_milliseconds(config: Config, manifest: Manifest, graph: GraphArrays) -> dict[str, float]:
-    """The least time of each part: compulsory bytes and operations at measured rates."""
+    """The least time of each part: the bytes and operations it needs, at measured rates."""
     bandwidth, rate = _copy_bandwidth(), _product_rate()
     nodes, edges = manifest.users + manifest.items, 2 * len(graph.user_items)
     batch, dim, layers = config.train.batch, config.model.dim, config.model.layers
@@ -146,18 +146,13 @@ def floor_milliseconds(config: Config, manifest: Manifest, graph: GraphArrays) -
     return {name: round(1000 * seconds, 2) for name, seconds in floors.items()}
 
 
-def compare_evaluations(
-    config: Config, manifest: Manifest, graph: GraphArrays, world: World
-) -> dict[str, Any]:
+def compare_evaluations(run: OpenRun) -> dict[str, Any]:
     """Seconds to rank all users of test_ood, ours and user by user, on the same embeddings."""
     generator = torch.Generator().manual_seed(0)
-    user, item = (
-        torch.randn(rows, config.model.dim, generator=generator)
-        for rows in (manifest.users, manifest.items)
-    )
-    url, shape = config.data.url, (manifest.users, manifest.items)
-    evaluator = Evaluator(url, manifest, graph, "test_ood", config.evaluation, world)
-    test = Interactions.from_pairs(*read_split(url, manifest, "test_ood"), shape)
+    url, graph, shape = run.data_url, run.graph, (run.manifest.users, run.manifest.items)
+    user, item = (torch.randn(n, run.config.model.dim, generator=generator) for n in shape)
+    evaluator = run.evaluator("test_ood")
+    test = Interactions.from_pairs(*read_split(url, run.manifest, "test_ood"), shape)
     train_csr = (graph.user_indptr, graph.user_items)
     evaluator(user, item)
     ours = min(_seconds(lambda: evaluator(user, item)) for _ in range(3))

@@ -1,11 +1,11 @@
-"""Rows a second of the train stream against bare pyarrow scans of the same columns.
+"""Rows a second of the train stream against pyarrow scans of the same columns.
 
     python -m benchmarks.streaming --data data/power-law-1000000
     AWS_ENDPOINT_URL=... python -m benchmarks.streaming --data s3://bucket/power-law-1000000
 
 One process. All read every row of the train split, from local files or from an S3 server. Ours
-also checks bytes and ids, shuffles, and deals the rows into batches. The scans only decode, by
-Arrow's own file systems: ``scan`` row group by row group with Arrow's threads (on S3 with
+also checks bytes and ids, shuffles, and deals the rows into batches. The scans only decode, with
+Arrow's own file systems: ``scan`` reads row group by row group with Arrow's threads (on S3 with
 ``pre_buffer``), ``threaded_scan`` with as many readers at once as ours has.
 """
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    join_world(60)  # as in training: it says how memory is reused
+    join_world(60)  # as in training, since it sets how freed memory is reused
     manifest = load_manifest(args.data)
     seconds = alternated(_readers(args.data, manifest, args.batch), args.rounds)
     rows = manifest.train.rows
@@ -58,31 +58,31 @@ def main() -> None:
 def _readers(url: str, manifest: Manifest, batch: int) -> dict[str, Callable[[], None]]:
     rows, data = manifest.train.rows, Config().data
     plan = EpochPlan(rows, batch, data.streams, data.block_rows, 0)
-    groups = [
-        (shard.path, group)
+    row_groups = [
+        (shard.path, index)
         for shard in manifest.train.shards
-        for group in range(len(shard.row_groups))
+        for index in range(len(shard.row_groups))
     ]
 
     def ours() -> None:
-        # A new one each time, so that each time it reads the footers, as the scans do.
+        # A new stream each time, so that it reads the footers each time, as the scans do.
         stream = TrainStream(url, manifest, plan, list(range(data.streams)), data.prefetch_blocks)
         assert sum(int(batch.valid_rows) for batch in stream.batches(0)) == rows
 
     def scan() -> None:
-        bare = _BareScan(url, use_threads=True)
-        assert sum(bare.read(path, group) for path, group in groups) == rows
+        scanner = _ArrowScan(url, use_threads=True)
+        assert sum(scanner.read(path, index) for path, index in row_groups) == rows
 
     def threaded_scan() -> None:
-        bare = _BareScan(url, use_threads=False)
-        with ThreadPoolExecutor(read_ahead_threads(url)) as pool:
-            assert sum(pool.map(bare.read, *zip(*groups, strict=True))) == rows
+        scanner = _ArrowScan(url, use_threads=False)
+        with ThreadPoolExecutor(read_ahead_threads(url)) as threads:
+            assert sum(threads.map(scanner.read, *zip(*row_groups, strict=True))) == rows
 
     return {"ours": ours, "scan": scan, "threaded_scan": threaded_scan}
 
 
-class _BareScan(threading.local):
-    """Row groups by Arrow alone; each thread has a reader of its own."""
+class _ArrowScan(threading.local):
+    """Reads row groups with Arrow alone; each thread has its own open files."""
 
     def __init__(self, url: str, use_threads: bool) -> None:
         self._local, self._use_threads = storage.is_local(url), use_threads
@@ -93,21 +93,22 @@ class _BareScan(threading.local):
         else:
             scheme, _, host = os.environ["AWS_ENDPOINT_URL"].rpartition("://")
             self._fs = fs.S3FileSystem(
-                endpoint_override=host, scheme=scheme,
+                endpoint_override=host,
+                scheme=scheme,
                 access_key=os.environ["AWS_ACCESS_KEY_ID"],
-                secret_key=os.environ["AWS_SECRET_ACCESS_KEY"], region="us-east-1",
-            )  # fmt: skip
+                secret_key=os.environ["AWS_SECRET_ACCESS_KEY"],
+                region="us-east-1",
+            )
             self._root = url.removeprefix("s3://")
 
-    def read(self, path: str, group: int) -> int:
+    def read(self, path: str, row_group: int) -> int:
+        """Read a row group, and return its number of rows."""
         if path not in self._files:
             source = self._fs.open_input_file(str(PurePosixPath(self._root) / path))
             self._files[path] = pq.ParquetFile(source, pre_buffer=not self._local)
-        return int(
-            self._files[path]
-            .read_row_group(group, columns=INTERACTION_SCHEMA.names, use_threads=self._use_threads)
-            .num_rows
-        )
+        names, threads = INTERACTION_SCHEMA.names, self._use_threads
+        table = self._files[path].read_row_group(row_group, columns=names, use_threads=threads)
+        return int(table.num_rows)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python -m benchmarks.weak --data data/power-law-1000000 [--rows 512] [KEY=VALUE ...]
 
-Each rank has one thread and is bound to one core of its own, loader threads included; runs
-alternate. ``efficiency`` is the rate per rank over that of one rank alone on the machine.
-``against_independent`` compares with as many single-rank jobs side by side: they share the
-machine's memory bandwidth as the ranks do, but never communicate.
+Each rank has one thread and a core of its own, its loader threads included. Runs alternate.
+``efficiency`` is the rate per rank over the rate of one rank alone on the machine.
+``against_independent`` compares with as many single-rank jobs side by side, which share the
+machine's memory bandwidth as the ranks do but never communicate.
 """
 
 import argparse
@@ -57,22 +57,20 @@ def main() -> None:
 
 
 def _launch(jobs: int, ranks: int) -> float:
-    """Samples a second of so many jobs together, started at once."""
+    """Samples a second of ``jobs`` jobs together, of ``ranks`` ranks each, started at once."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     words = ["--nproc-per-node", str(ranks), "-m", "benchmarks.weak", *sys.argv[1:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [*launcher, *words], stdout=subprocess.PIPE, text=True,
-            env={**environment, "FIRST_CORE": str(job * ranks)},
-        )
-        for job in range(jobs)
-    ]  # fmt: skip
+    running = []
+    for job in range(jobs):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "FIRST_CORE": str(job * ranks)}
+        command = [*launcher, *words]
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env))
     outputs = [job.communicate()[0] for job in running]
     return sum(float(json.loads(output.splitlines()[-1])["rate"]) for output in outputs)
 
 
 def _work(args: argparse.Namespace) -> None:
+    """Train as one rank; rank 0 prints the samples a second of its job."""
     core = int(os.environ["FIRST_CORE"]) + int(os.environ["LOCAL_RANK"])
     os.sched_setaffinity(0, {core % (os.cpu_count() or 1)})
     quiet()
@@ -81,12 +79,12 @@ def _work(args: argparse.Namespace) -> None:
     sizes = [f"train.batch={args.rows * world.size}", f"data.streams={4 * world.size}"]
     trainer = sampled_trainer(args.data, tempfile.mkdtemp(), *sizes, *args.overrides)
     steps = trainer.loader.steps(0)
-    for ready in itertools.islice(steps, args.steps // 3):
-        trainer.step(ready)
+    for inputs in itertools.islice(steps, args.steps // 3):
+        trainer.take_step(inputs)
     world.barrier()
     started = time.perf_counter()
-    for ready in itertools.islice(steps, args.steps):
-        trainer.step(ready)
+    for inputs in itertools.islice(steps, args.steps):
+        trainer.take_step(inputs)
     world.barrier()
     rate = args.steps * trainer.config.train.batch / (time.perf_counter() - started)
     if world.is_main:

@@ -1,7 +1,7 @@
-"""The ``cnsdiff`` command: parse, run a subcommand, turn what goes wrong into one line.
+"""The ``cnsdiff`` command: parse the command line, run a subcommand, turn an error into one line.
 
-Exit codes: 0 done, 2 the user can mend it (one line says how), 75 run it again (preempted, a peer
-lost, a host that does not answer), 130 interrupted, 1 a bug.
+Exit codes: 0 done; 2 the user can fix it, and one line says how; 75 run it again (preempted, a peer
+lost, a host that does not answer); 130 interrupted; 1 a bug.
 """
 
 import argparse
@@ -30,9 +30,20 @@ from cnsdiff_dist.commands import (
 )
 from cnsdiff_dist.errors import UserError, exit_code_of
 
+# In the order of `cnsdiff --help`.
 _COMMANDS = (
-    prepare, plan, train, status, evaluate, calibrate, export, recommend, report, compare, launch,
-)  # fmt: skip
+    prepare,
+    plan,
+    train,
+    status,
+    evaluate,
+    calibrate,
+    export,
+    recommend,
+    report,
+    compare,
+    launch,
+)
 
 _EPILOG = """\
 a whole job:
@@ -66,19 +77,23 @@ def _run(words: list[str] | None) -> None:
 
 
 def entry() -> None:
-    """The console script. Leaves at once: a failed rank must not wait for its peers."""
+    """Run the command line and end the process: the console script.
+
+    After an error it ends at once, since a failed rank must not wait for its peers.
+    """
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
         os._exit(code)
-    from cnsdiff_dist.distributed.world import leave_world
+    if "torch.distributed" in sys.modules:  # else importing it to leave would cost seconds
+        from cnsdiff_dist.distributed.world import leave_world
 
-    leave_world()
+        leave_world()
 
 
 def _parse(words: list[str] | None) -> argparse.Namespace:
-    """argparse takes KEY=VALUE only right after CONFIG; here they may also come after options."""
+    """Parse the command line; KEY=VALUE may also follow options, which argparse does not allow."""
     parser = _parser()
     args, rest = parser.parse_known_args(words)
     if rest and not ("overrides" in args and all(w[0] != "-" and "=" in w for w in rest)):
@@ -89,7 +104,7 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-    """One whose errors are one line, as all others are."""
+    """A parser that raises its errors as UserError, so that they are one line as all others are."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -106,13 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     for command in _COMMANDS:
         command.register(subparsers)
     for subparser in subparsers.choices.values():
-        # Their epilogs are laid out by hand, so argparse must not wrap; descriptions are prose.
+        # argparse wraps nothing here, since the epilogs are laid out by hand; so wrap the prose.
         subparser.description = textwrap.fill(subparser.description or "", 80)
     return parser
 
 
 def quiet() -> None:
-    """The libraries' notices are for their developers; errors still show."""
+    """Silence the notices that libraries print for their developers; errors still show."""
     warnings.simplefilter("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

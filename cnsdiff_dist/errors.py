@@ -1,4 +1,4 @@
-"""The exceptions a user is meant to see, and how they are shown."""
+"""The exceptions that a user is meant to see, and how they are shown."""
 
 import os
 import sys
@@ -7,15 +7,14 @@ from typing import Any
 
 from cnsdiff_dist import logs
 
-_LENGTH = 1000
+_MAX_LENGTH = 1000
 
 
 class UserError(Exception):
-    """What is wrong, where (file, row, key) and what to do, in one line.
+    """One line that says what is wrong, where (file, row, key) and what to do.
 
-    The command line prints it as it is and exits with its code; anything else that
-    escapes is a bug. What it quotes may come from a file that means harm: it stays one line, of
-    bounded length.
+    The command line prints it and exits with ``exit_code``. Any other exception that escapes is a
+    bug. The line may quote a hostile file, so it is made a single line of bounded length.
     """
 
     exit_code = 2
@@ -25,22 +24,25 @@ class UserError(Exception):
 
 
 class TryAgain(UserError):
-    """Nothing is wrong with the job: it was preempted, a peer was lost, a host does not answer.
+    """A failure that is not the job's: a preemption, a lost peer, a host that does not answer.
 
-    The same command, run again, goes on. The code is EX_TEMPFAIL of sysexits.h.
+    The same command, run again, continues. The exit code is EX_TEMPFAIL of sysexits.h.
     """
 
     exit_code = 75
 
 
-def one_line(text: str, length: int = _LENGTH) -> str:
-    """Without line ends or terminal codes, and of bounded length: it may come from a file."""
+def one_line(text: str, length: int = _MAX_LENGTH) -> str:
+    """Return text of unknown origin without line ends and terminal codes, cut to ``length``."""
     line = "".join(mark if mark.isprintable() else "?" for mark in " ".join(text.split()))
     return line if len(line) <= length else f"{line[: length - 2]} .."
 
 
 def exit_code_of(run: Callable[[], None], **fields: Any) -> int:
-    """0; or what went wrong is shown, with ``fields`` in the JSON form, and this is its code."""
+    """Call ``run``, show what went wrong and return the exit code, 0 for success.
+
+    ``fields`` go into the JSON line of an error.
+    """
     try:
         run()
     except UserError as error:
@@ -53,8 +55,10 @@ def exit_code_of(run: Callable[[], None], **fields: Any) -> int:
 
 
 def complain(line: str, **fields: Any) -> None:
-    """Show what went wrong, as one line that names the rank if there are several; ``fields`` are
-    for the JSON form."""
+    """Print an error on stderr as one line.
+
+    The text form names the rank if there are several; the JSON form has ``fields``.
+    """
     line = " ".join(line.split())
     if logs.as_json():
         logs.write(line, "error", sys.stderr, **fields)

@@ -1,11 +1,15 @@
-"""The lines that this program prints: text for people or, with CNSDIFF_LOG_FORMAT=json, one JSON
-object each for a machine that collects them."""
+"""The lines that this program prints.
+
+They are text for people or, with CNSDIFF_LOG_FORMAT=json, JSON lines for a log collector: one
+object each.
+"""
 
 import json
 import logging
 import math
 import os
 import sys
+import traceback
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, TextIO
@@ -13,9 +17,11 @@ from typing import Any, TextIO
 VARIABLE = "CNSDIFF_LOG_FORMAT"
 FORMATS = ("text", "json")
 
+_FORMATTER = logging.Formatter()
+
 
 class Context:
-    """Where this process is, for every line: the run as it may be shown, and the global step."""
+    """What every JSON line says of this process: the run's URL without secrets, the global step."""
 
     run: str | None = None
     step: int | None = None
@@ -25,7 +31,7 @@ context = Context()
 
 
 def chosen() -> str:
-    """What the environment asks for; it may be none of :data:`FORMATS`."""
+    """Return the format that the environment asks for, which may not be one of :data:`FORMATS`."""
     return os.environ.get(VARIABLE) or "text"
 
 
@@ -34,49 +40,50 @@ def as_json() -> bool:
 
 
 def write(message: str, level: str = "info", stream: TextIO | None = None, **fields: Any) -> None:
-    """One JSON object on a line; ``fields`` go before what the context says. What is no finite
-    number is null there: JSON has no other way to say it."""
+    """Write one JSON line to ``stream``, by default stdout.
+
+    ``fields`` override the keys that every line has. NaN and the infinities become null, because
+    JSON has no numbers for them.
+    """
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     record = {
-        "time": now, "level": level, "rank": int(os.environ.get("RANK", "0")),
-        "run": context.run, "step": context.step,
-        "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), "message": message,
-        **{key: _plain(value) for key, value in fields.items()},
-    }  # fmt: skip
+        "time": now,
+        "level": level,
+        "rank": int(os.environ.get("RANK", "0")),
+        "run": context.run,
+        "step": context.step,
+        "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        "message": message,
+        **{key: _finite(value) for key, value in fields.items()},
+    }
     stream = stream or sys.stdout
-    stream.write(json.dumps(record) + "\n")  # in one piece: the ranks of a node share a pipe
+    stream.write(json.dumps(record) + "\n")  # one call: the ranks of a node share a pipe
     stream.flush()
 
 
-def _plain(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def take_over() -> None:
-    """From now on what libraries log, and the traceback of a bug, are JSON lines as well."""
-    logging.getLogger().addHandler(_Handler())
-    sys.excepthook = _bug
+    """Make JSON lines also of what libraries log and of the traceback of a bug."""
+    logging.getLogger().addHandler(_JsonHandler())
+    sys.excepthook = _write_bug
 
 
-_FORMATTER = logging.Formatter()
-
-
-class _Handler(logging.Handler):
+class _JsonHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            more = (
-                {"traceback": _FORMATTER.formatException(record.exc_info)}
-                if record.exc_info
-                else {}
-            )
-            level = record.levelname.lower()
-            write(record.getMessage(), level, sys.stderr, logger=record.name, **more)
-        except Exception:  # a library's malformed line is not the training's end
+            fields = {"logger": record.name}
+            if record.exc_info:
+                fields["traceback"] = _FORMATTER.formatException(record.exc_info)
+            write(record.getMessage(), record.levelname.lower(), sys.stderr, **fields)
+        except Exception:  # a malformed record of a library must not end the training
             self.handleError(record)
 
 
-def _bug(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    import traceback as printing
-
-    text = "".join(printing.format_exception(kind, error, traceback))
+def _write_bug(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    text = "".join(traceback.format_exception(kind, error, trace))
     write(f"{kind.__name__}: {error}", "critical", sys.stderr, traceback=text)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The image without docker: built with buildah, and run as a cluster would run it. See --help.
+# Builds the image with buildah, without docker, and runs it as a cluster would. See --help.
 set -euo pipefail
 
 usage() {
@@ -44,7 +44,7 @@ main() {
     trap 'exit 130' INT
     trap 'exit 143' TERM
     mkdir -p "$store/tmp"
-    export TMPDIR=$store/tmp  # else buildah fills /var/tmp
+    export TMPDIR=$store/tmp  # otherwise buildah fills /var/tmp
 
     if [ "$1" = build ] || ! image . >/dev/null 2>&1; then build; fi
     if [ "$1" = check ]; then check; fi
@@ -84,8 +84,8 @@ say() {
     echo "== $*"
 }
 
-# What a check mounts needs no unmounting: it is in namespaces that end with their first process, which
-# is the one killed here. What buildah has mounted, it unmounts.
+# The mounts of a check are in namespaces that end with their first process, which is killed here, so
+# nothing has to unmount them. buildah unmounts its own.
 clean_up() {
     trap '' INT TERM
     if [ -n "${child:-}" ]; then pkill -KILL --parent "$child" || kill -KILL "$child" || true; fi
@@ -94,7 +94,8 @@ clean_up() {
     rm -rf "$work"
 }
 
-# In the background, since bash would not heed Ctrl-C or SIGTERM before the end of the command.
+# Runs the command in the background, since bash handles Ctrl-C and SIGTERM only after a command in the
+# foreground has ended.
 quietly() {
     "$@" >"$work/log" 2>&1 &
     child=$!
@@ -121,7 +122,7 @@ image() {
 
 build() {
     local began=$SECONDS epoch options=()
-    # All times are those of the commit: a build can be repeated.
+    # All times are those of the commit, so that two builds of one commit can be equal.
     epoch=$(git log -1 --format=%ct)
     if [ -n "$bootstrap" ]; then bootstrap_base "$epoch"; fi
     if [ -n "$base" ]; then options+=(--build-arg "BASE=$base"); fi
@@ -143,7 +144,7 @@ build() {
     if [ -n "$archive" ]; then quietly buildah_ push "$tag" "$format-archive:$archive:$tag"; fi
 }
 
-# Leaves out what debian:bookworm-slim leaves out, and what names this machine.
+# Leaves out the files that debian:bookworm-slim leaves out, and those that name this machine.
 bootstrap_base() {
     base=localhost/bookworm
     say "base: debootstrap"
@@ -175,14 +176,14 @@ check() {
     read_list default .OCIv1.Config.Cmd
     read_list probe .Docker.Config.Healthcheck.Test
     export root user folder work
-    # Every runtime writes this file: an image has none.
+    # Every container runtime writes this file; an image does not have it.
     echo "127.0.0.1 localhost node" >"$root/etc/hosts"
     check_files
     check_processes
     say "all checks passed"
 }
 
-# The words may have line ends, never zeros.
+# Reads a list of the image's config. Its words may contain line ends but no zero bytes.
 read_list() {
     mapfile -d '' -t "$1" < <(image "range $2}}{{.}}{{printf \"\\x00\"}}{{end")
 }
@@ -206,7 +207,7 @@ none() {
     echo "none there: $1"
 }
 
-# A training from data to figures, on a node that is taken away from it in the middle.
+# Prepares data, trains and evaluates, with a preemption in the middle of the training.
 check_processes() {
     install -d -o "${user%:*}" -g "${user#*:}" "$work/data" "$work/runs"
     say "${default[*]}"
@@ -214,7 +215,7 @@ check_processes() {
     say "prepare"
     run cnsdiff prepare data/demo --synthetic
     say "train in one process; SIGTERM to the first process, which is ${entrypoint[0]}"
-    # All its epochs, so that a quick machine is not done before it is looked at.
+    # The patience has it train all its epochs, so that a fast machine still trains when SIGTERM comes.
     local train=(train configs/demo.yaml train.patience=30)
     start "${entrypoint[@]}" cnsdiff "${train[@]}"
     wait_for grep -q "^epoch" "$work/log"
@@ -226,7 +227,7 @@ check_processes() {
     start CNSDIFF_HEALTH_PORT=8080 PET_NPROC_PER_NODE=2 "${entrypoint[@]}" \
         launch/torchrun.sh "${train[@]}"
     check_health
-    # Whichever epoch it goes on with: that depends on how soon the signal came.
+    # Any epoch will do: where the training goes on depends on when the signal came.
     wait_for grep -q "^epoch" "$work/log"
     show_processes
     finish 0
@@ -243,7 +244,7 @@ run() {
 
 # Runs a command, with variables before it, as the first process of a container.
 start() {
-    : >"$work/log"  # now, not when the child comes to it: the log before may say what is waited for
+    : >"$work/log"  # at once: wait_for must not find its words in the log of the command before
     unshare --mount --pid --net --ipc --uts --fork --kill-child \
         bash -euc 'enter "$@"' enter "${environment[@]}" "$@" >"$work/log" 2>&1 &
     child=$!
@@ -260,7 +261,7 @@ enter() {
     done
     ln -s /proc/self/fd "$root/dev/fd"
     mkdir "$root/dev/shm"
-    # As docker mounts them: what is written there cannot be run.
+    # noexec, as docker mounts them: files that are written there cannot be run.
     for node in dev/shm tmp cache; do
         mount -t tmpfs -o mode=1777,noexec,nosuid,nodev tmpfs "$root/$node"
     done
@@ -302,7 +303,7 @@ check_health() {
     say "healthy at the port, and without one; unhealthy at another"
 }
 
-# Runs the image's health check beside the first process.
+# Runs the image's health check in the namespaces of the first process.
 healthy() {
     nsenter --target "$(first)" --mount --pid --net chroot --userspec="$user" "$root" \
         env --ignore-environment "${environment[@]}" "$@" "${probe[@]:1}" 2>/dev/null

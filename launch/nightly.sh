@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One night on one node or many: prepare, train, evaluate, export. See --help.
+# Prepares a night's data, trains, evaluates and exports, on one node or many. See --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,7 +32,7 @@ for name in LOGS NIGHTLY; do
     fi
 done
 
-# A shell that waits passes no signal on by itself.
+# A shell that waits for a command does not pass signals on to it.
 child=
 asked=
 trap 'asked=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM
@@ -43,7 +43,7 @@ run() {
     child=$!
     local code=0
     wait "$child" || code=$?
-    while kill -0 "$child" 2>/dev/null; do  # the wait ended with a signal to us, not with it
+    while kill -0 "$child" 2>/dev/null; do  # a signal to this shell ended the wait
         code=0
         wait "$child" || code=$?
     done
@@ -68,10 +68,11 @@ read -ra files <<<"$(date -u -d "$day" +"$LOGS")"
 if [ "$node" = 0 ]; then
     run python -m cnsdiff_dist prepare "$data" --if-missing --log "${files[@]}" "${options[@]}"
 fi
-# A rendezvous of its own each: a node that is ahead must not join the one that ends.
+# Each command has its own rendezvous, so that a node that is ahead does not join the one that ends.
 JOIN_SECONDS=${JOIN_SECONDS:-36000} PET_MASTER_PORT=$port \
     run launch/torchrun.sh train "$@" "data.url=$data" "run.dir=$result"
-# Here all come together; a node that starts anew is at the training, and needs the others there.
+# All nodes are here at about the same time, so they wait only briefly for each other: a node that
+# was started again is still at the training and needs the other nodes there.
 export JOIN_SECONDS=120
 PET_MASTER_PORT=$((port + 1)) run launch/torchrun.sh evaluate "$result" --split "${SPLIT:-test_ood}"
 PET_MASTER_PORT=$((port + 2)) run launch/torchrun.sh export "$result" "$NIGHTLY/embeddings/$night"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One box or many nodes: the same command on each of them. See --help.
+# Runs a cnsdiff command on one machine, or the same command on each of many nodes. See --help.
 set -euo pipefail
 
 usage() {
@@ -49,7 +49,7 @@ else
         exit 2
     fi
     rendezvous="join_timeout=${JOIN_SECONDS:-1800}"
-    # A node that is started again has another address, but the same number.
+    # A node that is started again may have another address, but it keeps its number.
     if [ -n "$node" ]; then
         if [ "$node" = 0 ]; then host=true; else host=false; fi
         rendezvous+=",is_host=$host"
@@ -60,7 +60,7 @@ else
         --rdzv-id "${PET_RDZV_ID:-cnsdiff}"
         --rdzv-conf "$rendezvous"
     )
-    # torchrun (2.13) remembers on which node the ranks' store was: wrong once nodes come and go.
+    # torchrun (2.13) remembers on which node the ranks' store was, which is wrong once nodes change.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 exec python -m cnsdiff_dist.distributed.launcher "${options[@]}" -m cnsdiff_dist "$@"

@@ -3,8 +3,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cnsdiff_dist.config import Config, describe_config, dump_config, load_config, parse_config
+from cnsdiff_dist.config import (
+    KINDS,
+    Config,
+    describe_config,
+    dump_config,
+    load_config,
+    parse_config,
+)
 from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.runs.records import read_settings
 
 PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -50,6 +58,11 @@ def test_a_dumped_config_reads_back_the_same(tmp_path: Path) -> None:
         (["generator.precision=fp16"], "precision"),
         (["generator.precision=bf16", "generator.zero_stage=0"], "bf16 needs zero_stage"),
         (["negatives.mix_start=[0,1]"], "both above 0"),
+        (["negatives=3"], r"negatives is a section; write negatives\.KEY=VALUE"),
+        (["negatives.kind=nothing"], r"negatives\.kind: one of uniform, .*, not 'nothing'"),
+        (["negatives.kind=[1]"], r"negatives\.kind: one of uniform, .*, not \(1,\)"),
+        (["negatives.kind=dns", "negatives.candidats=3"], r"did you mean negatives\.candidates"),
+        (["objective.kind=hinge"], r"objective\.kind: one of bpr, softmax, not 'hinge'"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -70,6 +83,45 @@ def test_presets_are_valid(path: Path) -> None:
 
 
 def test_every_key_is_listed() -> None:
-    listed = {f"{section}.{key}" for section, key, _, _ in describe_config()}
+    listed = {key.name for key in describe_config()}
     tree = Config().model_dump()
+    for section, kinds in KINDS.items():
+        tree[section] = {key: None for keys in kinds.values() for key in keys.model_fields}
     assert listed == {f"{section}.{key}" for section in tree for key in tree[section]}
+
+
+@pytest.mark.parametrize("section", KINDS)
+def test_a_kind_has_its_own_keys_alone(tmp_path: Path, section: str) -> None:
+    every = {key for keys in KINDS[section].values() for key in keys.model_fields}
+    for kind, keys in KINDS[section].items():
+        settings = getattr(_load(tmp_path, "", f"{section}.kind={kind}"), section)
+        assert settings == keys() and settings.kind == kind
+        for key in every - set(keys.model_fields):
+            with pytest.raises(
+                UserError, match=rf"{section}\.kind={kind} has only .*{section}\.kind"
+            ):
+                _load(tmp_path, "", f"{section}.kind={kind}", f"{section}.{key}=1")
+            with pytest.raises(UserError, match=f"unknown key {section}.{key}"):
+                _load(tmp_path, f"{section}: {{kind: {kind}, {key}: 1}}")
+
+
+def test_another_kind_leaves_the_files_keys_of_its_own_kind_behind(tmp_path: Path) -> None:
+    text = "negatives: {kind: srns, candidates: 5, hardness: 3.0}"
+    assert _load(tmp_path, text, "negatives.kind=dns").negatives.model_dump() == {
+        "kind": "dns",
+        "candidates": 5,
+    }
+    words = ["negatives.top=2", "negatives.kind=dns_mn"]
+    for order in (words, words[::-1]):
+        settings = _load(tmp_path, text, *order).negatives
+        assert settings.model_dump() == {"kind": "dns_mn", "candidates": 5, "top": 2}
+
+
+def test_the_plain_loader_of_a_runs_config_agrees_with_the_config(tmp_path: Path) -> None:
+    """`cnsdiff status` reads a run's config without torch, hence without its kinds."""
+    config = _load(tmp_path, "", "negatives.kind=dns", "train.max_growth=1e3", "train.patience=7")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+    settings = read_settings(str(tmp_path / "run"))
+    assert (settings.negatives, settings.objective) == ("dns", "softmax")
+    assert settings.train == config.train

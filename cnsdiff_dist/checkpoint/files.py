@@ -1,7 +1,8 @@
-"""How torch.distributed.checkpoint writes and reads the files of one checkpoint.
+"""How torch.distributed.checkpoint (DCP) writes and reads the files of one checkpoint.
 
-Written: each file hashed on its way out, none renamed (object stores cannot). Read: nothing is
-unpickled but a tree of known metadata classes, and only files that the checkpoint lists.
+The writer hashes each file as it writes it, and renames none, because object stores cannot. The
+reader unpickles nothing but a tree of known metadata classes, and reads only files that the
+checkpoint lists.
 """
 
 import hashlib
@@ -17,8 +18,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageReaderTransforms
@@ -28,40 +27,40 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.checkpoint.commit import METADATA
+from cnsdiff_dist.checkpoint.state import local_tensors
 
 Files = dict[str, dict[str, int | str]]
 """File name -> its ``bytes`` and ``sha256``."""
 
-# Whole names: what a module imports, such as os, could be reached by a dotted one.
+_DTYPES = {name for name, value in vars(torch).items() if type(value) is torch.dtype}
+# Module -> the names that a .metadata may use. They are compared whole, because a dotted name
+# such as "os.system" would reach what the module imports.
 _KNOWN = {
-    "torch": {"Size"} | {name for name, value in vars(torch).items() if type(value) is torch.dtype},
+    "torch": {"Size", *_DTYPES},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
-        "_MEM_FORMAT_ENCODING", "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata",
-        "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
     },
-}  # fmt: skip
-
-
-def local_tensors(state: Any) -> Iterator[Tensor]:
-    """The tensors that this rank holds of a checkpoint tree, shards of sharded ones."""
-    if isinstance(state, dict):
-        for value in state.values():
-            yield from local_tensors(value)
-    elif isinstance(state, ShardedTensor):
-        yield from (shard.tensor for shard in state.local_shards())
-    else:
-        yield state
+}
 
 
 class Writer(FsspecWriter):
-    """Writes this rank's file into ``url``, and on the first rank ``.metadata``; ``files`` says
-    what was written."""
+    """Writes this rank's file into ``url``, and ``.metadata`` on the first rank.
+
+    ``files`` lists what this rank has written.
+    """
 
     def __init__(self, url: str) -> None:
         local = storage.is_local(url)
-        # Where there is no file descriptor torch would sync every disk of the machine.
+        # Without file descriptors, as in an object store, torch would sync every local disk.
         super().__init__(str(storage.local_path(url)) if local else url, sync_files=local)
         self.files: Files = {}
         self.fs: Any = _HashingFileSystem(self.files)
@@ -85,15 +84,14 @@ class _HashingFileSystem(FileSystem):
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
         with super().create_stream(path, mode) as stream:
-            hashed = _Hashed(stream)
+            hashed = _HashedFile(stream)
             yield hashed
-        self._files[PurePosixPath(path).name] = {
-            "bytes": hashed.bytes, "sha256": hashed.digest.hexdigest(),
-        }  # fmt: skip
+        sha256 = hashed.digest.hexdigest()
+        self._files[PurePosixPath(path).name] = {"bytes": hashed.bytes, "sha256": sha256}
 
 
-class _Hashed(io.RawIOBase):
-    """A file to be written from its start to its end."""
+class _HashedFile(io.RawIOBase):
+    """A file that is written from its start to its end, without seeking."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self.digest, self.bytes = stream, hashlib.sha256(), 0
@@ -118,17 +116,19 @@ class _Hashed(io.RawIOBase):
 
 
 class Reader(FsspecReader):
-    """Reads ``.metadata``, a pickle, without running what it does not know, and refuses files
-    that are not in ``files``. The tensors are loaded by torch with ``weights_only``."""
+    """Reads a checkpoint whose ``files`` are known, without running code that it may contain.
+
+    ``.metadata`` is a pickle: it may use known classes only, and name only files in ``files``.
+    torch loads the tensors with ``weights_only``.
+    """
 
     def __init__(self, url: str, files: Files) -> None:
         super().__init__(str(storage.local_path(url)) if storage.is_local(url) else url)
         self.fs: Any
         self.fs.fs, _ = storage.filesystem(url)
         self._files = files
-        self.transforms = _StoredOnly()
-
-        # Now: what fails inside torch's own call, torch logs with its traceback.
+        self.transforms = _RefuseCompressed()
+        # Read here because torch calls read_metadata, and would log its failure with a traceback.
         self._metadata = self._read_metadata()
 
     def read_metadata(self) -> Metadata:
@@ -147,8 +147,8 @@ class Reader(FsspecReader):
         return metadata
 
 
-class _Seekable(io.RawIOBase):
-    """torch's view of a part of a file, whose own ``seek`` from the end is wrong."""
+class _SeekableView(io.RawIOBase):
+    """Corrects torch's view of a part of a file, whose ``seek`` from the end is wrong."""
 
     def __init__(self, view: Any) -> None:
         self._view = view
@@ -171,15 +171,15 @@ class _Seekable(io.RawIOBase):
         return int(self._view.readinto(buffer))
 
 
-class _StoredOnly(_StorageReaderTransforms):
-    """torch writes its archives uncompressed; a compressed one could fill the memory."""
+class _RefuseCompressed(_StorageReaderTransforms):
+    """Refuses compressed archives: torch writes none, and a small one could fill the memory."""
 
     def transform_load_stream(
         self, read_item: ReadItem, transform_descriptors: Sequence[str], raw_stream: Any
     ) -> Any:
         if transform_descriptors:
             raise ValueError("it was written through a transform: not a checkpoint of ours")
-        with zipfile.ZipFile(_Seekable(raw_stream)) as archive:
+        with zipfile.ZipFile(_SeekableView(raw_stream)) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("a compressed archive: not a checkpoint of ours")
         raw_stream.seek(0)
@@ -187,18 +187,19 @@ class _StoredOnly(_StorageReaderTransforms):
 
 
 class Planner(DefaultLoadPlanner):
-    """Fills tensors. What is no tensor torch would unpickle, whatever it is: refused."""
+    """Fills tensors and refuses entries of any other kind, which torch would unpickle."""
 
     def create_local_plan(self) -> LoadPlan:
-        """
+        """Plan what this rank reads, as DCP's planner does.
+
         Raises:
-            ValueError: the checkpoint has not every number of what is asked for, or no tensor.
+            ValueError: the checkpoint lacks numbers of a wanted tensor, or has no tensor there.
         """
         plan = super().create_local_plan()
         found: Counter[str] = Counter()
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
-                raise _no_tensor(item)
+                raise _not_a_tensor(item)
             found[item.dest_index.fqn] += math.prod(item.lengths)
         for name, value in self.state_dict.items():
             wanted = sum(tensor.numel() for tensor in local_tensors(value))
@@ -207,17 +208,17 @@ class Planner(DefaultLoadPlanner):
         return plan
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise _no_tensor(read_item)
+        raise _not_a_tensor(read_item)
 
 
-def _no_tensor(item: ReadItem) -> ValueError:
+def _not_a_tensor(item: ReadItem) -> ValueError:
     return ValueError(f"{item.dest_index.fqn} is no tensor: not a checkpoint of ours")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
-            return _enum_member  # how Python before 3.11.4 pickles one
+            return _enum_member  # Python before 3.11.4 pickles an enum member as a getattr call
         if name not in _KNOWN.get(module, ()):
             raise ValueError(f"its .metadata names {module}.{name}: not a checkpoint of ours")
         return super().find_class(module, name)

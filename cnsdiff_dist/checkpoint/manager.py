@@ -1,34 +1,25 @@
-"""One torch.distributed.checkpoint tree per checkpoint, committed by a file written last.
+"""The checkpoints of a run: saved behind the steps, committed by a marker, pruned, loaded.
 
-``checkpoints/step-00000052/`` counts only once it holds ``commit.json``: object stores have
-no rename, so the marker is the commit. It lists the other files with their sha256. What has no
-marker is debris of a killed run and is removed by the next one. ``checkpoints/owner.json`` names
-the training that may commit: one that was cut off and thought dead must not go on beside its
-successor.
+A checkpoint is a directory, ``checkpoints/step-00000052/``, that torch.distributed.checkpoint
+(DCP) writes. It counts only once it holds ``commit.json``, which is written last: object stores
+have no rename, so this marker is the commit. It lists the other files with their sha256. A
+directory without a marker is left from a killed run, and the next run removes it.
+
+``checkpoints/owner.json`` names the training that may commit. A training that was cut off and
+believed dead therefore stops once its successor has started.
 """
 
-import copy
-import errno
-import hashlib
 import json
-import logging
 import os
-import pickle
-import shutil
 import socket
 import time
 import uuid
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint import CheckpointException
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.checkpoint.commit import (
@@ -38,29 +29,28 @@ from cnsdiff_dist.checkpoint.commit import (
     Commit,
     committed_names,
     digest_of,
+    file_damage,
     files_of,
     read_commit,
     record_damage,
     step_of,
 )
-from cnsdiff_dist.checkpoint.files import Files, Planner, Reader, Writer, local_tensors
-from cnsdiff_dist.distributed.world import World, is_lost_peer
+from cnsdiff_dist.checkpoint.dcp_failures import explained_dcp, root_cause
+from cnsdiff_dist.checkpoint.files import Files, Planner, Reader, Writer
+from cnsdiff_dist.checkpoint.state import host_copy, refuse_without_space
+from cnsdiff_dist.distributed.world import World
 from cnsdiff_dist.errors import UserError
 
 _OWNER = "owner.json"
-_FAULTS = (OSError, ValueError, RuntimeError)
-# What a checkpoint that means harm makes torch, pickle and zipfile raise, besides what disks do.
-_HARM = (
-    *_FAULTS, TypeError, LookupError, AttributeError, AssertionError,
-    EOFError, OverflowError, MemoryError, pickle.UnpicklingError, zipfile.BadZipFile,
-    NotImplementedError,
-)  # fmt: skip
 
 
 @dataclass
 class Costs:
-    """What checkpoints cost since last asked: how many, seconds a step had to wait for them,
-    seconds they took behind the steps, bytes of this rank."""
+    """What checkpoints have cost since the caller last reset this.
+
+    ``count`` checkpoints kept the steps waiting for ``waited`` seconds, took ``written`` seconds
+    to write in the background and have ``bytes`` on this rank.
+    """
 
     count: int = 0
     waited: float = 0.0
@@ -69,15 +59,15 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What a checkpoint that is being written needs; ``keep`` and ``best`` for the pruning."""
+class _Pending:
+    """A checkpoint that is being written; ``keep`` and ``best_step`` are for the pruning."""
 
     step: int
     url: str
     state: dict[str, Any] = field(repr=False)
     record: dict[str, Any]
     keep: int
-    best: int | None
+    best_step: int | None
 
 
 class Checkpoints:
@@ -88,13 +78,14 @@ class Checkpoints:
         self._token: str | None = None
         self._writing: Future[tuple[float, int]] | None = None
         self.costs = Costs()
-        self.newest: Commit | None = None  # that this process, as rank 0, has committed
+        self.newest: Commit | None = None
+        """The newest checkpoint that this process has committed, on rank 0."""
 
-    # --- what is there --------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------
 
     def committed(self) -> list[Commit]:
-        """Every committed checkpoint, oldest first; the same on every rank."""
-        return [Commit(**entry) for entry in self._world.broadcast(self._scan())]
+        """Return every committed checkpoint, oldest first; the same on every rank. Collective."""
+        return [Commit(**entry) for entry in self._world.broadcast_object(self._scan())]
 
     def _scan(self) -> list[dict[str, Any]]:
         if not self._world.is_main:
@@ -107,26 +98,28 @@ class Checkpoints:
         ]
 
     def damage(self, commit: Commit) -> str | None:
-        """What is wrong with a checkpoint's files, in words; None if they are what was committed.
-        Each rank reads a share of them. Collective."""
+        """Say what is wrong with a checkpoint; None if its files are what was committed.
+
+        Each rank reads a share of the files. Collective.
+        """
         found = record_damage(commit)
         if found is None:
             names = sorted(commit.record["files"])[self._world.rank :: self._world.size]
-            found = next(filter(None, (_file_damage(commit, name) for name in names)), None)
+            found = next(filter(None, (file_damage(commit, name) for name in names)), None)
         return next(filter(None, self._world.gather_objects(found)), None)
 
     def load(self, commit: Commit, state: dict[str, Any]) -> None:
         """Fill ``state`` in place from a checkpoint saved at any world size. Collective.
 
         Raises:
-            UserError: unreadable, or of a model with other shapes.
+            UserError: the checkpoint is unreadable, or its model has other shapes.
         """
-        with _one_line(commit.url, "read"):
+        with explained_dcp(commit.url, "read"):
             reader = Reader(commit.url, commit.record["files"])
             dcp.load(state, storage_reader=reader, planner=Planner())
 
     def set_aside(self, commit: Commit, why: str) -> None:
-        """Take a damaged checkpoint's commit back; the next prune removes the rest of it."""
+        """Make a damaged checkpoint uncommitted; the next prune removes its files. Collective."""
         if self._world.is_main:
             storage.write_json(f"{commit.url}/{DAMAGED}", {"damage": why})
             storage.delete_tree(f"{commit.url}/{COMMIT}")
@@ -135,32 +128,40 @@ class Checkpoints:
     # --- writing ----------------------------------------------------------------------------
 
     def claim(self) -> None:
-        """From now on only this training may commit here. Collective."""
-        self._token, self._behind = uuid.uuid4().hex, self._world.apart()
+        """Make this training the only one that may commit here. Collective."""
+        self._token, self._background = uuid.uuid4().hex, self._world.with_side_group()
         if self._world.is_main:
             owner = {"token": self._token, "host": socket.gethostname(), "pid": os.getpid()}
             storage.write_json(f"{self._url}/{_OWNER}", owner)
         self._world.barrier()
 
     def save(
-        self, step: int, state: dict[str, Any], record: dict[str, Any], keep: int = 1,
-        best: int | None = None, background: bool = True,
-    ) -> None:  # fmt: skip
-        """Copy ``state`` to the host, and write and commit it behind the next steps; then delete
-        all but the newest ``keep`` and that of step ``best``. Not in the ``background``, it is
-        written without a copy while the training waits. Collective.
+        self,
+        step: int,
+        state: dict[str, Any],
+        record: dict[str, Any],
+        keep: int = 1,
+        best_step: int | None = None,
+        background: bool = True,
+    ) -> None:
+        """Write and commit a checkpoint, then prune the others (:meth:`prune`). Collective.
+
+        In the background, this returns once ``state`` is copied to host memory, and the next
+        steps run meanwhile. Otherwise ``state`` is written without a copy and the training waits.
+        ``record`` is what commit.json shall hold besides the files.
 
         Raises:
-            UserError: there is no room, or the checkpoint before this one failed (:meth:`wait`).
+            UserError: the disk has no space, or the previous checkpoint failed (:meth:`wait`).
         """
         self.wait()
         if self._token is None:
             self.claim()
         started, url = time.monotonic(), storage.join(self._url, f"step-{step:08d}")
-        _refuse_without_room(self._url, state, self._world)
-        job = _Job(step, url, _host_copy(state) if background else state, record, keep, best)
+        refuse_without_space(self._url, state, self._world)
+        saved = host_copy(state) if background else state
+        pending = _Pending(step, url, saved, record, keep, best_step)
         pool = ThreadPoolExecutor(1, "checkpoint")
-        self._writing = pool.submit(self._write, job)
+        self._writing = pool.submit(self._write, pending)
         pool.shutdown(wait=False)
         self.costs.count += 1
         self.costs.waited += time.monotonic() - started
@@ -168,10 +169,10 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written, if any, is committed. Collective.
+        """Wait until the checkpoint that is being written, if any, is committed. Collective.
 
         Raises:
-            UserError: on every rank, when one of them could not write; there is no commit then.
+            UserError: on every rank, when one of them could not write; nothing is committed then.
         """
         writing, self._writing, started = self._writing, None, time.monotonic()
         if writing is not None:
@@ -180,48 +181,52 @@ class Checkpoints:
             self.costs.bytes += size
             self.costs.waited += time.monotonic() - started
 
-    def _write(self, job: _Job) -> tuple[float, int]:
-        """Seconds it took, and bytes of this rank. Its collectives are those of ``_behind``."""
+    def _write(self, pending: _Pending) -> tuple[float, int]:
+        """Write and commit, and return the seconds it took and the bytes of this rank.
+
+        This runs in a thread of its own, so it uses the collectives of ``_background`` only.
+        """
         started = time.monotonic()
         if self._world.is_main:
-            storage.delete_tree(job.url)  # debris of a run that was killed at this very step
-        self._behind.barrier()
-        files = self._write_files(job)
-        everyones: Files = {}
-        for ranks in self._behind.gather_objects(files):
-            everyones |= ranks
-        self._agreed(lambda: self._commit(job, everyones, started))
+            storage.delete_tree(pending.url)  # left from a run that was killed at this very step
+        self._background.barrier()
+        files = self._write_files(pending)
+        all_files: Files = {}
+        for files_of_rank in self._background.gather_objects(files):
+            all_files |= files_of_rank
+        self._on_main(lambda: self._commit(pending, all_files, started))
         return time.monotonic() - started, sum(int(entry["bytes"]) for entry in files.values())
 
-    def _write_files(self, job: _Job) -> Files:
-        """Write the tree; from the start again while what failed may pass."""
+    def _write_files(self, pending: _Pending) -> Files:
+        """Write the files, and write them all again while the failure may pass."""
         deadline = time.monotonic() + storage.patience.seconds
         while True:
-            writer = Writer(job.url)
+            writer = Writer(pending.url)
             try:
-                with _one_line(job.url, "write"):
-                    dcp.save(
-                        job.state, storage_writer=writer, process_group=self._behind.group,
-                        no_dist=self._world.size == 1,
-                    )  # fmt: skip
+                self._save_state(pending, writer)
                 return writer.files
             except UserError as error:
-                again = storage.is_transient(_root(error)) and time.monotonic() < deadline
-                if not self._behind.broadcast(again):
+                again = storage.is_transient(root_cause(error)) and time.monotonic() < deadline
+                if not self._background.broadcast_object(again):
                     if self._world.is_main:
-                        storage.delete_tree(job.url)
+                        storage.delete_tree(pending.url)
                     raise
                 storage.patience.retries += 1
                 time.sleep(1.0)
 
-    def _commit(self, job: _Job, files: Files, started: float) -> None:
+    def _save_state(self, pending: _Pending, writer: Writer) -> None:
+        group, alone = self._background.group, self._world.size == 1
+        with explained_dcp(pending.url, "write"):
+            dcp.save(pending.state, storage_writer=writer, process_group=group, no_dist=alone)
+
+    def _commit(self, pending: _Pending, files: Files, started: float) -> None:
         self._refuse_other_owner()
         cost = {"time": time.time(), "write_seconds": time.monotonic() - started}
-        record = {**job.record, **cost, "files": files}
+        record = {**pending.record, **cost, "files": files}
         record["digest"] = digest_of(record)
-        storage.write_json(f"{job.url}/{COMMIT}", record)
-        self.newest = Commit(job.step, job.url, record)
-        self.prune(job.keep, job.best)
+        storage.write_json(f"{pending.url}/{COMMIT}", record)
+        self.newest = Commit(pending.step, pending.url, record)
+        self.prune(pending.keep, pending.best_step)
 
     def _refuse_other_owner(self) -> None:
         owner = json.loads(storage.read_text(f"{self._url}/{_OWNER}"))
@@ -231,100 +236,27 @@ class Checkpoints:
                 f"{owner['pid']}) took over this run; this one ends without committing"
             )
 
-    def _agreed(self, act: Callable[[], None]) -> None:
-        """Have rank 0 act, and every rank fail if it does."""
+    def _on_main(self, act: Callable[[], None]) -> None:
+        """Let rank 0 act, and raise its UserError on every rank."""
         failure: UserError | None = None
         if self._world.is_main:
             try:
                 act()
             except UserError as error:
                 failure = error
-        failure = self._behind.broadcast(failure)
+        failure = self._background.broadcast_object(failure)
         if failure is not None:
             raise failure
 
     def prune(self, keep: int, best_step: int | None) -> None:
-        """Delete all but the newest ``keep`` and the best, and what was never committed."""
+        """Delete all checkpoints but the newest ``keep`` and that of step ``best_step``.
+
+        Directories without a commit are deleted too. Call it on rank 0 only.
+        """
         files = files_of(self._url)
         kept = set(committed_names(files)[::-1][:keep])
         for name in {path.partition("/")[0] for path in files} - kept:
             if NAME.match(name) and step_of(name) != best_step:
-                # The marker first: a half-deleted checkpoint must not look committed.
+                # The marker goes first: a half-deleted checkpoint must not look committed.
                 storage.delete_tree(f"{self._url}/{name}/{COMMIT}")
                 storage.delete_tree(f"{self._url}/{name}")
-
-
-def _file_damage(commit: Commit, name: str) -> str | None:
-    """What is wrong with one file of a checkpoint; it is read whole, about 2 s a gigabyte."""
-    url, expected = storage.join(commit.url, name), commit.record["files"][name]
-
-    def digest() -> tuple[int, str]:
-        with storage.open_read(url) as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-            return file.seek(0, os.SEEK_END), sha256
-
-    if not storage.exists(url):
-        return f"{name} is missing"
-    with storage.explained(url, "read"):
-        size, sha256 = storage.retrying(digest)
-    if size != expected["bytes"]:
-        return f"{name} has {size} bytes, not {expected['bytes']}"
-    return (
-        None if sha256 == expected["sha256"] else f"the sha256 of {name} is not the committed one"
-    )
-
-
-def _refuse_without_room(url: str, state: dict[str, Any], world: World) -> None:
-    """
-    Raises:
-        UserError: on every rank, when a local disk has no room for the ranks of its node.
-    """
-    if not storage.is_local(url):
-        return
-    folder = storage.local_path(url)
-    folder.mkdir(parents=True, exist_ok=True)
-    needed = sum(tensor.nbytes for tensor in local_tensors(state)) * world.local_size
-    free = shutil.disk_usage(folder).free
-    short = (
-        f"{folder}: a checkpoint needs {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} are free"
-    )
-    lines = world.gather_objects(short if free < needed else None)
-    if line := next(filter(None, lines), None):
-        raise UserError(f"{line}; free some, lower checkpoint.keep, or move run.dir")
-
-
-def _host_copy(state: Any) -> Any:
-    """A checkpoint tree that the next steps do not change."""
-    if isinstance(state, dict):
-        return {key: _host_copy(value) for key, value in state.items()}
-    if isinstance(state, ShardedTensor) and not state.local_shards():
-        return state
-    return copy.deepcopy(state) if state.device.type == "cpu" else state.to(device="cpu")
-
-
-@contextmanager
-def _one_line(url: str, action: str) -> Iterator[None]:
-    """Quiet DCP's planner, and name the cause of a rank's failure in one line."""
-    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except CheckpointException as error:
-            rank, (cause, _) = next(iter(error.failures.items()))
-            line = _cause(cause, url, action)
-            raise type(line)(f"{line} (rank {rank})") from cause
-        except _HARM as error:
-            if is_lost_peer(error) or (action == "write" and not isinstance(error, _FAULTS)):
-                raise  # Peers names the rank; the others are bugs
-            raise _cause(error, url, action) from error
-
-
-def _cause(error: BaseException, url: str, action: str) -> UserError:
-    if action == "write" and "unexpected pos" in str(error):
-        error = OSError(errno.ENOSPC, "")  # how torch's writer reports a short write
-    return storage.explain(error, url, action)
-
-
-def _root(error: BaseException) -> BaseException:
-    return error.__cause__ or error

@@ -1,6 +1,14 @@
-"""``cnsdiff calibrate``: how much of the environment to put back at scoring."""
+"""``cnsdiff calibrate``: fit how much popularity counts at scoring."""
 
 import argparse
+from typing import TYPE_CHECKING
+
+from cnsdiff_dist import storage
+from cnsdiff_dist.commands.options import add_command, add_data, add_run
+from cnsdiff_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from cnsdiff_dist.commands.options import Subparsers
 
 _EPILOG = """\
 examples:
@@ -10,33 +18,36 @@ Then evaluate, export and recommend use it; --alpha none leaves it out.
 """
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser(
+def register(subparsers: "Subparsers") -> None:
+    parser = add_command(
+        subparsers,
         "calibrate",
+        run,
         help="fit how much popularity counts at scoring",
         description="Score s(u, i) + alpha log p(i): fit alpha on a validation split, in seconds "
         "and without training, and write RUN/calibration.json.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_url", metavar="RUN", help="run directory")
+    add_run(parser)
     parser.add_argument("--split", help="validation split; default: the one that selects")
     parser.add_argument("--metric", help="default: the one that selects")
     parser.add_argument(
-        "--exposure", metavar="FILE",
+        "--exposure",
+        metavar="FILE",
         help="Parquet or CSV of item (raw id) and weight; default: train degrees",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--alphas", type=float, nargs="+", metavar="A", default=[-0.5, 0.0, 0.5, 1.0, 1.5],
+        "--alphas",
+        type=float,
+        nargs="+",
+        metavar="A",
+        default=[-0.5, 0.0, 0.5, 1.0, 1.5],
         help="where the search begins; default: %(default)s",
-    )  # fmt: skip
-    parser.add_argument("--data", metavar="URL", help="the dataset, if it has moved")
-    parser.set_defaults(run=run)
+    )
+    add_data(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from cnsdiff_dist import storage
-    from cnsdiff_dist.errors import UserError
     from cnsdiff_dist.inference.trained_model import calibrate, open_trained
 
     if args.split and not args.split.startswith("valid"):
@@ -45,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         storage.refuse_secrets(args.exposure)
     model = open_trained(args.run_url, args.data)
     calibration = calibrate(model, args.split, args.metric, args.exposure, args.alphas)
-    if model.world.is_main:
+    if model.run.world.is_main:
         for point in calibration.curve:
             value = point["metrics"][calibration.metric]
             mark = "  (best)" if point["alpha"] == calibration.alpha else ""

@@ -2,14 +2,17 @@
 
 import argparse
 import json
-import os
 from typing import TYPE_CHECKING
 
-from cnsdiff_dist.config import Config, Tables, load_config
 from cnsdiff_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from cnsdiff_dist.cluster.cost_model import Cluster, Plan, Sizes
+    from rich.table import Table
+
+    from cnsdiff_dist.cluster.cost_model import Estimate
+    from cnsdiff_dist.cluster.hardware import Cluster
+    from cnsdiff_dist.cluster.step_sizes import Sizes
+    from cnsdiff_dist.config import Config
 
 _EPILOG = """\
 examples:
@@ -63,43 +66,48 @@ def count(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    from cnsdiff_dist.config import load_config
+
     config = load_config(args.config, args.overrides)
-    plan = planned(args, config)
+    found = estimated(args, config)
     if args.json:
-        print(json.dumps(plan.to_json(), indent=2))
+        print(json.dumps(found.to_json(), indent=2))
     else:
-        _print(plan, config)
-    refuse_what_does_not_fit(args, plan)
+        _print(found, config)
+    refuse_what_does_not_fit(args, found)
 
 
-def planned(args: argparse.Namespace, config: Config) -> "Plan":
-    """The plan for the cluster that the options describe.
+def estimated(args: argparse.Namespace, config: "Config") -> "Estimate":
+    """What the config needs of the cluster that the options describe.
 
     Raises:
         UserError: nothing is known of the dataset.
     """
-    from cnsdiff_dist.cluster.cost_model import Cluster, make_plan
+    from cnsdiff_dist.cluster.base_memory import process_bytes
+    from cnsdiff_dist.cluster.cost_model import Job
+    from cnsdiff_dist.cluster.hardware import Cluster
+    from cnsdiff_dist.cluster.remedies import estimate_with_remedies
 
     cluster = Cluster(args.device, args.nodes, args.gpus_per_node)
-    base = _base_bytes(config)  # before the sampling of blocks leaves its own behind
-    return make_plan(config, cluster, _sizes(args, config, cluster), base)
+    base = process_bytes(config)  # before the sampling of blocks leaves its own memory behind
+    return estimate_with_remedies(Job(config, cluster, _sizes(args, config, cluster)), base)
 
 
-def refuse_what_does_not_fit(args: argparse.Namespace, plan: "Plan") -> None:
+def refuse_what_does_not_fit(args: argparse.Namespace, found: "Estimate") -> None:
     """
     Raises:
-        UserError: so is this plan; what to change.
+        UserError: the job does not fit; the error says what to change.
     """
-    if not plan.fits:
-        where = " and ".join(plan.over)
+    if not found.fits:
+        where = " and ".join(found.over)
         raise UserError(
             f"{args.config}: does not fit the {where} memory of {args.nodes} x "
-            f"{args.gpus_per_node} {args.device}; try {'; or '.join(plan.changes)}"
+            f"{args.gpus_per_node} {args.device}; try {'; or '.join(found.changes)}"
         )
 
 
-def _sizes(args: argparse.Namespace, config: Config, cluster: "Cluster") -> "Sizes":
-    from cnsdiff_dist.cluster.cost_model import bounded_sizes, sizes_of
+def _sizes(args: argparse.Namespace, config: "Config", cluster: "Cluster") -> "Sizes":
+    from cnsdiff_dist.cluster.step_sizes import bounded_sizes, measured_sizes
     from cnsdiff_dist.data.dataset import load_manifest
     from cnsdiff_dist.data.graph import open_graph
 
@@ -111,37 +119,13 @@ def _sizes(args: argparse.Namespace, config: Config, cluster: "Cluster") -> "Siz
     if not config.data.url:
         raise UserError(f"{args.config}: data.url is not set; add it, or --users --items --edges")
     manifest = load_manifest(config.data.url)
-    return sizes_of(config, cluster, open_graph(config.data.url, manifest, verify=False))
+    return measured_sizes(config, cluster, open_graph(config.data.url, manifest, verify=False))
 
 
-def _base_bytes(config: Config) -> int:
-    """What a training process holds before it has a dataset: this one, after a step of nothing
-    (libraries import much of themselves when they are first used)."""
-    import torch
-
-    import cnsdiff_dist.training.loop  # noqa: F401
-    from cnsdiff_dist.cluster.cost_model import has_network
-    from cnsdiff_dist.distributed.dense_engine import DenseEngine
-    from cnsdiff_dist.distributed.sharded_tables import ShardedTables
-    from cnsdiff_dist.distributed.world import join_world
-
-    world = join_world(config.run.timeout_seconds)
-    tables = ShardedTables(1, 1, 4, Tables(), 1, 0, world)  # the config's may need a GPU
-    network = torch.nn.Linear(4, 4) if has_network(config) else None
-    engine = DenseEngine(network, config.generator, 1)
-    first = torch.zeros(1, dtype=torch.int64, device=world.device)
-    rows = tables.lookup(first, first)
-    engine.backward((engine.network(rows) if engine.network else rows).sum())
-    engine.step()
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _print(plan: "Plan", config: Config) -> None:
+def _print(found: "Estimate", config: "Config") -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    cluster, sizes, link = plan.cluster, plan.sizes, plan.cluster.spec.link
+    sizes = found.sizes
     console = Console()
     if not console.is_terminal:
         console = Console(width=110)
@@ -149,41 +133,63 @@ def _print(plan: "Plan", config: Config) -> None:
         f"{sizes.users:,} users, {sizes.items:,} items, {sizes.edges:,} edges; a rank's step: "
         f"{sizes.block_nodes:,} distinct rows, {sizes.block_edges:,} edges"
     )
-    shards = Table("table", "sharding", "kernel", "rows x columns of a shard", "ranks")
-    for table in plan.tables:
-        _, rows, columns = table.shards[0]
+    for table in (_shard_table(found), _memory_table(found), _step_table(found)):
+        if table.row_count:
+            console.print(table)
+    print(_pace(found, config))
+    if found.fits and found.changes:
+        print(f"it fits; training also needs {', '.join(found.changes)}")
+    elif found.fits:
+        print("it fits")
+
+
+def _shard_table(found: "Estimate") -> "Table":
+    from rich.table import Table
+
+    rows = Table("table", "sharding", "kernel", "rows x columns of a shard", "ranks")
+    for table in found.tables:
+        _, height, columns = table.shards[0]
         ranks = len({rank for rank, *_ in table.shards})
-        shape = f"{rows:,} x {columns}"
-        shards.add_row(table.name, table.sharding, table.kernel, shape, str(ranks))
-    if plan.tables:
-        console.print(shards)
-    memory = Table("memory of a rank", "GB", title=None)
-    sides = (("GPU", plan.device, link.device_bytes), ("host", plan.host, link.host_bytes))
+        rows.add_row(
+            table.name, table.sharding, table.kernel, f"{height:,} x {columns}", str(ranks)
+        )
+    return rows
+
+
+def _memory_table(found: "Estimate") -> "Table":
+    from rich.table import Table
+
+    link, rows = found.cluster.spec.link, Table("memory of a rank", "GB")
+    sides = (("GPU", found.device, link.device_bytes), ("host", found.host, link.host_bytes))
     for side, parts, room in sides:
         for name, value in parts.items():
-            memory.add_row(f"{side}: {name}", f"{value / 1e9:,.3f}")
+            rows.add_row(f"{side}: {name}", f"{value / 1e9:,.3f}")
         if parts:
             total = f"{sum(parts.values()) / 1e9:,.3f} of {room / 1e9:,.1f}"
-            memory.add_row(f"{side}: together", total, end_section=True)
-    console.print(memory)
-    step = Table("step of a rank", "bytes sent", "ms at least")
-    for name, value in plan.sent.items():
-        step.add_row(name, f"{value:,}", "")
-    for name, seconds in plan.seconds.items():
-        step.add_row(name, "", f"{1e3 * seconds:.2f}")
-    total_s = sum(plan.seconds.values())
-    step.add_row("together", "", f"{1e3 * total_s:.2f}")
-    console.print(step)
-    print(
-        f"{config.train.batch / total_s:,.0f} samples/s at most if nothing overlaps, with "
-        f"{link.memory / 1e9:,.0f} GB/s of memory, {link.within_node / 1e9:,.4g} GB/s within a "
-        f"node and {link.between_nodes / 1e9:,.4g} GB/s between nodes per rank, one way; "
-        f"{_assumed(cluster)}"
+            rows.add_row(f"{side}: together", total, end_section=True)
+    return rows
+
+
+def _step_table(found: "Estimate") -> "Table":
+    from rich.table import Table
+
+    rows = Table("step of a rank", "bytes sent", "ms at least")
+    for name, value in found.sent.items():
+        rows.add_row(name, f"{value:,}", "")
+    for name, seconds in found.seconds.items():
+        rows.add_row(name, "", f"{1e3 * seconds:.2f}")
+    rows.add_row("together", "", f"{1e3 * sum(found.seconds.values()):.2f}")
+    return rows
+
+
+def _pace(found: "Estimate", config: "Config") -> str:
+    link = found.cluster.spec.link
+    return (
+        f"{config.train.batch / sum(found.seconds.values()):,.0f} samples/s at most if nothing "
+        f"overlaps, with {link.memory / 1e9:,.0f} GB/s of memory, {link.within_node / 1e9:,.4g} "
+        f"GB/s within a node and {link.between_nodes / 1e9:,.4g} GB/s between nodes per rank, one "
+        f"way; {_assumed(found.cluster)}"
     )
-    if plan.fits and plan.changes:
-        print(f"it fits; training also needs {', '.join(plan.changes)}")
-    elif plan.fits:
-        print("it fits")
 
 
 def _assumed(cluster: "Cluster") -> str:

@@ -1,4 +1,4 @@
-"""``cnsdiff prepare``: raw interaction logs to a dataset directory."""
+"""``cnsdiff prepare``: make a dataset directory from raw interaction logs."""
 
 import argparse
 import math
@@ -9,7 +9,8 @@ from cnsdiff_dist.data.dataset import MANIFEST
 from cnsdiff_dist.data.schema import SPLITS, Manifest
 from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.prepare.log_formats import FORMATS, ROLES, LogFormat
-from cnsdiff_dist.prepare.pipeline import Recipe, prepare
+from cnsdiff_dist.prepare.pipeline import prepare
+from cnsdiff_dist.prepare.recipe import Recipe
 from cnsdiff_dist.prepare.shifts import SHIFTS
 from cnsdiff_dist.prepare.synthetic import Synthetic
 
@@ -45,9 +46,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     _add_format(parser)
     _add_splitting(parser)
     parser.add_argument("--name", default="", help="name in the manifest; default: OUT's last part")
-    there = parser.add_mutually_exclusive_group()
-    there.add_argument("--overwrite", action="store_true", help="replace the dataset in OUT")
-    there.add_argument(
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace the dataset in OUT")
+    existing.add_argument(
         "--if-missing", action="store_true", help="do nothing if there is a dataset in OUT"
     )
     parser.add_argument(
@@ -60,62 +61,56 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("input: one of --log, --train, --synthetic")
-    group.add_argument("--log", nargs="+", metavar="FILE", help="one log; quoted globs are fine")
-    group.add_argument(
+    options = parser.add_argument_group("input: one of --log, --train, --synthetic")
+    options.add_argument("--log", nargs="+", metavar="FILE", help="one log; quoted globs are fine")
+    options.add_argument(
         "--uniform",
         nargs="+",
         metavar="FILE",
         help="beside --log: uniformly exposed items, to be test_ood",
     )
     for split in SPLITS:
-        group.add_argument(_flag(split), nargs="+", metavar="FILE", help=f"a ready {split} split")
-    group.add_argument("--synthetic", action="store_true", help="generate data with known truth")
-    group.add_argument(
-        "--users",
-        type=_count,
-        default=Synthetic.users,
-        metavar="N",
-        help="of --synthetic (default %(default)s)",
-    )
-    group.add_argument(
-        "--items",
-        type=_count,
-        default=Synthetic.items,
-        metavar="N",
-        help="of --synthetic (default %(default)s)",
-    )
+        options.add_argument(_flag(split), nargs="+", metavar="FILE", help=f"a ready {split} split")
+    options.add_argument("--synthetic", action="store_true", help="generate data with known truth")
+    for flag, default in (("--users", Synthetic.users), ("--items", Synthetic.items)):
+        options.add_argument(
+            flag,
+            type=_count,
+            default=default,
+            metavar="N",
+            help="of --synthetic (default %(default)s)",
+        )
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how to read the logs")
-    group.add_argument(
+    options = parser.add_argument_group("how to read the logs")
+    options.add_argument(
         "--format",
         choices=FORMATS,
         default="auto",
         help="auto: by extension, then by the first line; inter: RecBole; "
         "triples: 'user item 1' lines (default auto)",
     )
-    group.add_argument(
+    options.add_argument(
         "--columns",
         metavar="NAMES",
         help="names of a file without header, such as user,item,rating",
     )
     for role in ROLES:
-        group.add_argument(f"--{role}-column", metavar="NAME", help=f"the {role} column")
-    group.add_argument(
+        options.add_argument(f"--{role}-column", metavar="NAME", help=f"the {role} column")
+    options.add_argument(
         "--min-rating",
         type=_finite,
         metavar="X",
         help="positives are rated X or more; default: every row is one",
     )
-    group.add_argument(
+    options.add_argument(
         "--duplicates",
         choices=("error", "drop"),
         default="error",
         help="a (user, item) twice in a split: stop, or keep the first",
     )
-    group.add_argument(
+    options.add_argument(
         "--unknown",
         choices=("error", "drop"),
         default="error",
@@ -124,8 +119,8 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_splitting(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how to split; fractions are of the rows still in train")
-    group.add_argument(
+    options = parser.add_argument_group("how to split; fractions are of the rows still in train")
+    options.add_argument(
         "--shift",
         choices=SHIFTS,
         help="what differs between train and test_ood; needed with --log. "
@@ -136,21 +131,21 @@ def _add_splitting(parser: argparse.ArgumentParser) -> None:
         ("--valid-fraction", 0.1, "for valid_iid, if it is not given"),
         ("--valid-ood-fraction", 0.1, "for valid_ood, if it is not given"),
     ):
-        group.add_argument(
+        options.add_argument(
             flag,
             type=_fraction,
             default=default,
             metavar="F",
             help=f"{what}; 0 for none (default %(default)s)",
         )
-    group.add_argument(
+    options.add_argument(
         "--environments",
         type=_count,
         default=5,
         metavar="N",
         help="popularity buckets of items (default %(default)s)",
     )
-    group.add_argument(
+    options.add_argument(
         "--hashed-users",
         type=_natural,
         default=0,
@@ -158,13 +153,13 @@ def _add_splitting(parser: argparse.ArgumentParser) -> None:
         help="rare users share N rows by a hash of their id, and so do users that come later: "
         "`recommend` serves them (default 0: each has its own, and unknown ones are an error)",
     )
-    group.add_argument(
+    options.add_argument(
         "--hashed-below",
         type=_count,
         metavar="K",
         help="of --hashed-users: rare is who has fewer than K train rows (default 5)",
     )
-    group.add_argument("--seed", type=_natural, default=0, metavar="S", help="default 0")
+    options.add_argument("--seed", type=_natural, default=0, metavar="S", help="default 0")
 
 
 def _flag(split: str) -> str:
@@ -210,7 +205,7 @@ def _natural(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prepare the dataset; a line per stage on stderr, the summary on stdout.
+    """Prepare the dataset; write a line per stage to stderr and the summary to stdout.
 
     Raises:
         UserError: the options do not fit together, or the input or output is bad.
@@ -223,7 +218,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:
-    """The recipe that the command line asks for.
+    """Turn the command line into a recipe.
 
     Raises:
         UserError: the options do not fit together.
@@ -239,11 +234,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
         given=args.train is not None,
         shift=shift,
         synthetic=Synthetic(args.users, args.items, args.seed) if args.synthetic else None,
-        how=LogFormat(
-            args.format,
-            tuple(args.columns.split(",")) if args.columns else (),
-            *(getattr(args, f"{role}_column") for role in ROLES),
-        ),
+        log_format=_log_format(args),
         min_rating=args.min_rating,
         test_fraction=args.test_fraction,
         valid_fraction=args.valid_fraction,
@@ -260,8 +251,14 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     )
 
 
+def _log_format(args: argparse.Namespace) -> LogFormat:
+    columns = tuple(args.columns.split(",")) if args.columns else ()
+    role_columns = {role: getattr(args, f"{role}_column") for role in ROLES}
+    return LogFormat(args.format, columns, **role_columns)
+
+
 def _sources(args: argparse.Namespace) -> tuple[dict[str, list[str]], str | None]:
-    """The logs of each split, and the shift."""
+    """Return the logs of each split, and the shift."""
     given = {split: files for split in SPLITS if (files := getattr(args, split))}
     inputs = [bool(args.log), bool(given), args.synthetic]
     if sum(inputs) != 1:
@@ -269,7 +266,7 @@ def _sources(args: argparse.Namespace) -> tuple[dict[str, list[str]], str | None
     if args.uniform and not args.log:
         raise UserError("--uniform goes with --log, the biased log; give both")
     if args.synthetic:
-        return {}, "exposure"  # it writes a biased and a uniform log
+        return {}, "exposure"  # The generated logs are a biased and a uniform one.
     if given:
         if not args.train:
             raise UserError(f"{_flag(next(iter(given)))} goes with --train; give both")
@@ -286,16 +283,15 @@ def _sources(args: argparse.Namespace) -> tuple[dict[str, list[str]], str | None
 
 
 def summary(manifest: Manifest) -> str:
-    """What was made, as text."""
-    pairs = manifest.users * manifest.items
-    head = (
-        f"{manifest.name}: {manifest.users:,} users, {manifest.items:,} items, train density "
-        f"{manifest.graph.edges / pairs:.4%}, {manifest.environments} environments"
-    )
+    """Describe a prepared dataset for the terminal."""
+    density = manifest.graph.edges / (manifest.users * manifest.items)
     lines = [
-        head,
-        *(f"  {name:<10}{split.rows:>14,} rows" for name, split in manifest.splits.items()),
+        f"{manifest.name}: {manifest.users:,} users, {manifest.items:,} items, "
+        f"train density {density:.4%}, {manifest.environments} environments"
     ]
-    dropped = {reason: count for reason, count in manifest.dropped.items() if count}
-    lines += [f"  dropped   {count:>14,} rows  {reason}" for reason, count in dropped.items()]
+    for name, split in manifest.splits.items():
+        lines.append(f"  {name:<10}{split.rows:>14,} rows")
+    for reason, count in manifest.dropped.items():
+        if count:
+            lines.append(f"  dropped   {count:>14,} rows  {reason}")
     return "\n".join([*lines, f"  digest {manifest.digest[:16]}"])

@@ -1,11 +1,18 @@
-"""``cnsdiff status``: how a run is doing."""
+"""``cnsdiff status``: say how a run is doing.
+
+The command never imports torch, which takes seconds: people watch a run with it.
+"""
 
 import argparse
 import json
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from cnsdiff_dist.commands.options import add_command, add_run
 from cnsdiff_dist.errors import one_line
+
+if TYPE_CHECKING:
+    from cnsdiff_dist.commands.options import Subparsers
 
 _EPILOG = """\
 examples:
@@ -17,19 +24,19 @@ On an object store the numbers are as old as the last evaluation or checkpoint.
 """
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser(
+def register(subparsers: "Subparsers") -> None:
+    parser = add_command(
+        subparsers,
         "status",
+        run,
         help="say how a run is doing, also while it is trained",
         description="How far a run is, when it last gave a sign of life, its numbers, its best "
         "evaluation and its checkpoints; from its directory alone, local or remote. Checkpoints "
         "are listed, not verified: training and evaluating do that.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_url", metavar="RUN", help="run directory")
+    add_run(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -43,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print(rows: list[tuple[str, str]]) -> None:
+    """Print plain lines, or a table on a terminal."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -59,6 +67,7 @@ def _print(rows: list[tuple[str, str]]) -> None:
 
 
 def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines to print, as (name, value)."""
     rows = [("run", status["run"])]
     if status["as_of"] is not None:
         when = f"{_time(status['as_of'])}; evaluations and checkpoints bring newer numbers"
@@ -72,19 +81,13 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     rows += [(name, text) for name, text in _numbers(status) if text]
     if best := status["best"]:
-        rows.append((
-            "best evaluation",
-            f"{best['split']} {best['metric']} {best['value']:.4f} at step {best['step']:,}; "
-            f"{best['evaluations_since']} since",
-        ))  # fmt: skip
+        value = f"{best['split']} {best['metric']} {best['value']:.4f} at step {best['step']:,}"
+        rows.append(("best evaluation", f"{value}; {best['evaluations_since']} since"))
     rows += [("checkpoint", _checkpoint(entry)) for entry in status["checkpoints"]]
     if not status["checkpoints"]:
         rows.append(("checkpoint", "none committed yet"))
-    rows += [
-        ("damaged", f"step {s['step']:,}: {one_line(str(s['damage']), 300)}")
-        for s in status["damaged"]
-    ]
-    return rows
+    damaged = [(entry["step"], str(entry["damage"])) for entry in status["damaged"]]
+    return rows + [("damaged", f"step {step:,}: {one_line(why, 300)}") for step, why in damaged]
 
 
 def _progress(status: dict[str, Any]) -> str:
@@ -144,7 +147,7 @@ def _time(when: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Two units at most, such as ``2 h 5 min``."""
+    """The duration in at most two units, such as ``2 h 5 min``."""
     whole = int(seconds)
     for name, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60)):
         if whole >= size:

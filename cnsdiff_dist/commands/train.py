@@ -6,13 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnsdiff_dist import logs, storage
-from cnsdiff_dist.config import Config, describe_config, load_config
+from cnsdiff_dist.commands.options import add_command, add_config
 from cnsdiff_dist.errors import UserError
 
+# Modules that import torch, which takes seconds, are imported where they are used: `cnsdiff --help`
+# must not wait for it.
 if TYPE_CHECKING:
+    from cnsdiff_dist.commands.options import Subparsers
+    from cnsdiff_dist.config import Config
     from cnsdiff_dist.data.schema import Manifest
     from cnsdiff_dist.distributed.world import World
-    from cnsdiff_dist.runs.prometheus import Exporter
+    from cnsdiff_dist.runs.opened import OpenRun
+    from cnsdiff_dist.runs.prometheus import MetricsServer
+    from cnsdiff_dist.runs.reporter import Reporter
+    from cnsdiff_dist.training.loop import Trainer
     from cnsdiff_dist.training.preemption import Preemption
 
 _EPILOG = """\
@@ -26,20 +33,17 @@ The same command again continues a run from its last checkpoint.
 """
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser(
+def register(subparsers: "Subparsers") -> None:
+    parser = add_command(
+        subparsers,
         "train",
+        run,
         help="train a model, or go on with a run",
         description="Train on a prepared dataset. Alone, or on every rank under torchrun.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; see configs/")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="override, e.g. train.epochs=3"
-    )
+    add_config(parser, nargs="?", overrides="override, e.g. train.epochs=3")
     parser.add_argument("--help-config", action="store_true", help="list every config key")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,95 +52,110 @@ def run(args: argparse.Namespace) -> None:
         return
     if not args.config:
         raise UserError("name a config file, e.g. `cnsdiff train configs/demo.yaml`")
-    config = load_config(args.config, args.overrides)
-    if not config.run.dir:
-        name = f"runs/{Path(args.config).stem}"
-        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": name})})
-    if not config.data.url:
-        raise UserError(f"{args.config}: data.url is not set; add data.url=DATASET")
-    for url in (config.data.url, config.run.dir):
-        storage.refuse_secrets(url)
+    config = _load_config(args.config, args.overrides)
     if logs.as_json():
         logs.take_over()
     train(config, preemptible=True)
 
 
-def train(config: Config, preemptible: bool = False) -> None:
-    """Train one run to its end. Collective.
+def _load_config(path: str, overrides: list[str]) -> "Config":
+    """The config with a run directory, by default one named like the config file.
 
     Raises:
-        TryAgain: ``preemptible``, and a rank got SIGTERM; or a peer was lost.
+        UserError: it is wrong, names no dataset, or holds a secret.
     """
-    # Imported here so that `cnsdiff --help` does not wait for torch.
-    from cnsdiff_dist.data.dataset import load_manifest
-    from cnsdiff_dist.distributed.heartbeat import Peers
-    from cnsdiff_dist.distributed.world import join_world
-    from cnsdiff_dist.runs.directory import check_run
+    from cnsdiff_dist.config import load_config
+
+    config = load_config(path, overrides)
+    if not config.run.dir:
+        name = f"runs/{Path(path).stem}"
+        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": name})})
+    if not config.data.url:
+        raise UserError(f"{path}: data.url is not set; add data.url=DATASET")
+    for url in (config.data.url, config.run.dir):
+        storage.refuse_secrets(url)
+    return config
+
+
+def train(config: "Config", preemptible: bool = False) -> None:
+    """Train one run to its end. Collective.
+
+    Args:
+        preemptible: checkpoint and stop at SIGTERM.
+
+    Raises:
+        TryAgain: a rank got SIGTERM and the run is preemptible, or a peer was lost.
+        UserError: the run cannot be opened, or the training diverged.
+    """
+    from cnsdiff_dist.distributed.heartbeat import Heartbeat
+    from cnsdiff_dist.runs.opened import open_run
     from cnsdiff_dist.training.preemption import Preemption
 
     logs.context.run = storage.display(config.run.dir)
-    manifest = load_manifest(config.data.url)
-    check_run(config, manifest)
-    world = join_world(config.run.timeout_seconds)
-    # Both places have answered: from here on a silence may pass.
+    opened = open_run(config)
     with (
+        # The dataset and the run directory have answered; from here on a store may be silent for
+        # a while.
         storage.patient(config.run.retry_seconds),
-        Peers(world, config.run.timeout_seconds) as peers,
-        # Around the naming of lost peers: torchrun, which sees one die, sends the others SIGTERM.
+        Heartbeat(opened.world, config.run.timeout_seconds) as heartbeat,
+        # Around the naming of lost ranks: torchrun, which sees one die, sends the others SIGTERM.
         Preemption(config.run.grace_seconds) as preemption,
-        peers.named(),
-        # Before the run is claimed: a second training on this host ends here, and harms no first.
-        _exporter(config, manifest, world) as exporter,
+        heartbeat.naming_lost_ranks(),
+        # Before the run is claimed: if another training on this host has the port, this one ends
+        # here without having touched the run.
+        _metrics_server(config, opened.manifest, opened.world) as metrics_server,
     ):
-        _train(config, manifest, world, preemption, preemptible, exporter)
+        _train(opened, preemption, preemptible, metrics_server)
 
 
 def _train(
-    config: Config, manifest: "Manifest", world: "World",
-    preemption: "Preemption", preemptible: bool, exporter: "Exporter",
-) -> None:  # fmt: skip
-    from cnsdiff_dist.data.graph import open_graph
-    from cnsdiff_dist.runs.directory import open_run
+    opened: "OpenRun", preemption: "Preemption", preemptible: bool, metrics_server: "MetricsServer"
+) -> None:
+    from cnsdiff_dist.runs.directory import write_identity
     from cnsdiff_dist.runs.reporter import Reporter
     from cnsdiff_dist.training.loop import Trainer
 
-    graph = open_graph(config.data.url, manifest, verify=world.local_rank == 0)
-    trainer = Trainer(config, manifest, graph, world)
-    open_run(config, manifest, world)
+    trainer = Trainer(opened)
+    write_identity(opened.config, opened.manifest, opened.world)
     damaged: list[str] = []
     commit = trainer.resume(damaged.append)
 
     start, total = trainer.progress.step, trainer.total_steps
     logs.context.step = start
-    where = config.run.dir
-    reporting = Reporter(where, start, total, exporter) if world.is_main else nullcontext()
+    main = opened.world.is_main
+    reporting = Reporter(opened.url, start, total, metrics_server) if main else nullcontext()
     if preemptible:
         preemption.watch()
     with reporting as reporter:
         if reporter:
-            reporter.say(_headline(config, manifest.name, world.size, world.device.type))
+            reporter.say(_headline(opened))
             for line in damaged:
                 reporter.say(line, "warning")
             if commit:
                 reporter.committed(commit)
                 reporter.say(f"resumed from {storage.display(commit.url)}")
         trainer.fit(reporter, preemption.asked.is_set)
-        memory = world.peak_memory()
+        memory = opened.world.peak_memory()
         if reporter:
-            reporter.publish()
-            best = trainer.progress
-            reporter.say(
-                f"finished: best {config.train.select_split} {config.train.select_metric} "
-                f"{best.best:.4f} at step {best.best_step}; at most {memory:.2f} GiB a rank; "
-                f"run in {storage.display(config.run.dir)}"
-            )
+            _report_end(reporter, trainer, memory)
 
 
-def _exporter(config: Config, manifest: "Manifest", world: "World") -> "Exporter":
-    from cnsdiff_dist.runs.directory import versions
-    from cnsdiff_dist.runs.prometheus import Exporter
+def _report_end(reporter: "Reporter", trainer: "Trainer", memory_gib: float) -> None:
+    reporter.publish()
+    config, progress = trainer.config, trainer.progress
+    reporter.say(
+        f"finished: best {config.train.select_split} {config.train.select_metric} "
+        f"{progress.best:.4f} at step {progress.best_step}; at most {memory_gib:.2f} GiB a rank; "
+        f"run in {storage.display(config.run.dir)}"
+    )
 
-    return Exporter(
+
+def _metrics_server(config: "Config", manifest: "Manifest", world: "World") -> "MetricsServer":
+    """Serves the metrics of rank 0 to Prometheus, if a port is configured."""
+    from cnsdiff_dist.runs.prometheus import MetricsServer
+    from cnsdiff_dist.runs.provenance import versions
+
+    return MetricsServer(
         config.run.metrics_port if world.is_main else 0,
         run=storage.display(config.run.dir),
         dataset=manifest.name,
@@ -146,14 +165,17 @@ def _exporter(config: Config, manifest: "Manifest", world: "World") -> "Exporter
     )
 
 
-def _headline(config: Config, dataset: str, ranks: int, device: str) -> str:
-    layers, dim = config.model.layers, config.model.dim
+def _headline(opened: "OpenRun") -> str:
+    config, ranks = opened.config, opened.world.size
     return (
-        f"{config.negatives.kind} negatives, LightGCN L={layers} D={dim}, dataset {dataset}, "
-        f"batch {config.train.batch}, {ranks} {device} rank{'s' if ranks > 1 else ''}"
+        f"{config.negatives.kind} negatives, LightGCN L={config.model.layers} "
+        f"D={config.model.dim}, dataset {opened.manifest.name}, batch {config.train.batch}, "
+        f"{ranks} {opened.world.device.type} rank{'s' if ranks > 1 else ''}"
     )
 
 
 def _print_keys() -> None:
-    for section, key, default, description in describe_config():
-        print(f"{section + '.' + key:34} {default!s:26} {description}".rstrip())
+    from cnsdiff_dist.config import describe_config
+
+    for key in describe_config():
+        print(f"{key.name:34} {key.default!s:26} {key.description}".rstrip())

@@ -1,4 +1,4 @@
-"""A self-contained HTML page: tables, and figures as inline SVG; nothing is fetched."""
+"""Builds a self-contained HTML page: tables, and charts as inline SVG; nothing is fetched."""
 
 import html
 import io
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-"""Label -> x and y."""
+"""The x and y values of each label."""
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; max-width: 1320px;
@@ -28,16 +28,16 @@ tr.ours td { background: #fff4e3; font-weight: 600; } tr.rival td { background: 
 figure { margin: 0; } figcaption { color: #5b6b7b; font-size: .9em; max-width: 500px; }
 svg { max-width: 100%; height: auto; }
 """
-OURS, RIVAL = "#d9730d", "#2563eb"
-_OTHERS = ("#6b7f8f", "#4c9f70", "#a66fb5", "#b5a642", "#5ba4b5", "#c26d6d", "#7a7ac2", "#8a8a8a")
+_HIGHLIGHT_COLOURS = {"ours": "#d9730d", "rival": "#2563eb"}
+_COLOURS = ("#6b7f8f", "#4c9f70", "#a66fb5", "#b5a642", "#5ba4b5", "#c26d6d", "#7a7ac2", "#8a8a8a")
 
 
-class Page:
-    """Collects blocks, in order."""
+class HtmlPage:
+    """Collects the blocks of a page in order, and draws its charts."""
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._marks: dict[str, str] = {}
+        self._highlights: dict[str, str] = {}
         self._blocks: list[str] = []
 
     def heading(self, text: str, level: int = 2) -> None:
@@ -46,25 +46,25 @@ class Page:
     def text(self, text: str) -> None:
         self._blocks.append(f"<p>{html.escape(text)}</p>")
 
-    def mark(self, marks: Mapping[str, str]) -> None:
-        """From here on, which labels are ours (``ours``) and the best rival's (``rival``)."""
-        self._marks = dict(marks)
+    def highlight(self, ours: str, rival: str | None) -> None:
+        """From here on, let these labels stand out in tables and charts."""
+        self._highlights = {ours: "ours"} | ({rival: "rival"} if rival else {})
 
-    def marked(self) -> list[str]:
+    def highlighted(self) -> list[str]:
         """The labels that stand out, ours first."""
-        return list(self._marks)
+        return list(self._highlights)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         lines = ["<div class=wide><table><tr>"]
         lines += [f"<th>{html.escape(cell)}</th>" for cell in header]
         for row in rows:
-            kind = self._marks.get(row[0], "")
+            kind = self._highlights.get(row[0], "")
             cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
             lines.append(f'</tr>\n<tr class="{kind}">{cells}')
         self._blocks.append("".join(lines) + "</tr></table></div>")
 
     def figures(self, *pairs: tuple[str, str]) -> None:
-        """Captions and SVGs, side by side where there is room; an empty SVG is left out."""
+        """Add captions and SVGs, side by side where there is room; an empty SVG is left out."""
         parts = [
             f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
             for caption, svg in pairs
@@ -72,39 +72,48 @@ class Page:
         ]
         self._blocks.append(f'<div class="figures">{"".join(parts)}</div>')
 
-    def curves(self, series: Series, x: str, y: str, dots: bool = False) -> str:
+    def line_chart(self, series: Series, x: str, y: str, dots: bool = False) -> str:
+        """An SVG with one line per label; empty if there are no points."""
         if not any(len(xs) for xs, _ in series.values()):
             return ""
         figure, axes = _axes(x, y)
         for index, (label, (xs, ys)) in enumerate(series.items()):
-            kind = self._marks.get(label, "")
+            stands_out = label in self._highlights
             axes.plot(
-                xs, ys, color=self._colour(label, index), label=label,
-                marker="o" if dots else None, markersize=3.5,
-                linewidth=2.4 if kind else 1.1, zorder=3 if kind else 2,
-            )  # fmt: skip
+                xs,
+                ys,
+                color=self._colour(label, index),
+                label=label,
+                marker="o" if dots else None,
+                markersize=3.5,
+                linewidth=2.4 if stands_out else 1.1,
+                zorder=3 if stands_out else 2,
+            )
         axes.legend(fontsize=7, ncols=1 + len(series) // 9, frameon=False)
         return _svg(figure)
 
-    def bars(self, groups: Sequence[str], series: Mapping[str, Sequence[float]], y: str) -> str:
-        """For each group one bar per series."""
-        if not groups or not series:
+    def bar_chart(
+        self, categories: Sequence[str], series: Mapping[str, Sequence[float]], y: str
+    ) -> str:
+        """An SVG with one bar per category and label; empty if there are none."""
+        if not categories or not series:
             return ""
         figure, axes = _axes("", y)
-        width = 0.8 / len(series)
+        width, count = 0.8 / len(series), len(categories)
         for index, (label, values) in enumerate(series.items()):
-            places = [g + (index - (len(series) - 1) / 2) * width for g in range(len(groups))]
+            places = [c + (index - (len(series) - 1) / 2) * width for c in range(count)]
             axes.bar(places, values, width, label=label, color=self._colour(label, index))
-        turned = max(map(len, groups)) > 9
-        axes.set_xticks(range(len(groups)), groups, rotation=60 if turned else 0,
-                        ha="right" if turned else "center", fontsize=8)  # fmt: skip
+        turned = max(map(len, categories)) > 9
+        angle, anchor = (60, "right") if turned else (0, "center")
+        axes.set_xticks(range(count), categories, rotation=angle, ha=anchor, fontsize=8)
         if len(series) > 1:
             axes.legend(fontsize=8, frameon=False)
         return _svg(figure)
 
     def _colour(self, label: str, index: int) -> str:
-        kind = self._marks.get(label)
-        return {"ours": OURS, "rival": RIVAL}.get(kind or "", _OTHERS[index % len(_OTHERS)])
+        if kind := self._highlights.get(label):
+            return _HIGHLIGHT_COLOURS[kind]
+        return _COLOURS[index % len(_COLOURS)]
 
     def html(self) -> str:
         title = html.escape(self._title)
@@ -127,7 +136,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure) -> str:
-    """Only the element: its XML header names a DTD, which a page must not fetch."""
+    """The svg element alone: the XML header names a DTD, which a page must not fetch."""
     out = io.StringIO()
     figure.tight_layout()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})

@@ -1,23 +1,21 @@
-"""Writes what a suite found into its output directory, and the page of a run into the run."""
+"""Writes the report of a suite into its output directory, and the report of a run into the run."""
 
 import json
 
 from cnsdiff_dist import storage
-from cnsdiff_dist.comparison.report_pages import run_page, stars_of, suite_page
-from cnsdiff_dist.comparison.results import finished_runs, rows, write_rows
+from cnsdiff_dist.comparison.report_pages import run_page, suite_page
+from cnsdiff_dist.comparison.result_tables import markdown, result_tables
+from cnsdiff_dist.comparison.results import finished_runs, result_rows, write_rows
 from cnsdiff_dist.comparison.scheduler import FAILURES
+from cnsdiff_dist.comparison.significance import significance_stars
 from cnsdiff_dist.comparison.suite import Suite
-from cnsdiff_dist.comparison.tables import markdown, tables_of
 from cnsdiff_dist.errors import UserError
 
-PAGE = "report.html"
+_PAGE = "report.html"
 
 
-def write_report(suite: Suite) -> str:
-    """Write runs.parquet, table.md and report.html.
-
-    Returns:
-        The Markdown.
+def write_suite_report(suite: Suite) -> str:
+    """Write runs.parquet, table.md and report.html, and return the Markdown.
 
     Raises:
         UserError: no run is finished.
@@ -25,16 +23,16 @@ def write_report(suite: Suite) -> str:
     runs = finished_runs(suite)
     if not runs:
         raise UserError(f"{storage.display(suite.out)}: no finished run to report")
-    write_rows(rows(runs), f"{suite.out}/runs.parquet")
-    tables = tables_of(suite, runs, stars_of(suite, runs))
+    write_rows(result_rows(runs), f"{suite.out}/runs.parquet")
+    tables = result_tables(suite, runs, significance_stars(suite, runs))
     text = markdown(suite.name, tables)
     storage.write_text(f"{suite.out}/table.md", text)
-    failures = f"{suite.out}/{FAILURES}"
-    known = json.loads(storage.read_text(failures)) if storage.exists(failures) else {}
-    storage.write_text(f"{suite.out}/{PAGE}", suite_page(suite, runs, tables, known))
+    path = f"{suite.out}/{FAILURES}"
+    failures = json.loads(storage.read_text(path)) if storage.exists(path) else {}
+    storage.write_text(f"{suite.out}/{_PAGE}", suite_page(suite, runs, tables, failures))
     return text
 
 
 def write_run_report(url: str) -> None:
     """Write RUN/report.html from what is in the run's directory."""
-    storage.write_text(f"{url}/{PAGE}", run_page(url))
+    storage.write_text(f"{url}/{_PAGE}", run_page(url))

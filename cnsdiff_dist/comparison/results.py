@@ -1,12 +1,10 @@
-"""What the runs of a suite found: rows, means over seeds, and ours against the best other."""
+"""What the runs of a suite found: rows, values over seeds, and ours against the best other."""
 
 import json
 import statistics
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -14,19 +12,18 @@ from cnsdiff_dist import storage
 from cnsdiff_dist.comparison.diagnostics import read_diagnostics
 from cnsdiff_dist.comparison.scheduler import best_trial
 from cnsdiff_dist.comparison.single_run import finished_result
-from cnsdiff_dist.comparison.suite import Job, Suite, groups, jobs_of
-from cnsdiff_dist.runs.directory import read_metrics
+from cnsdiff_dist.comparison.suite import Job, Suite, cells, jobs_of
+from cnsdiff_dist.runs.records import read_metrics
 
-METRICS = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
-SPLITS = ("test_ood", "test_iid")
+TABLE_METRICS = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
+TEST_SPLITS = ("test_ood", "test_iid")
 
-Floats = npt.NDArray[np.float64]
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished run. ``chosen`` are those that the tables are made of."""
+class FinishedRun:
+    """A finished run; it is ``chosen`` if it belongs to the best trial of its cell."""
 
     job: Job
     chosen: bool
@@ -45,7 +42,7 @@ class Run:
 
     @property
     def validation(self) -> float:
-        """The value that selects; in training every alpha of ``evaluation.alphas`` counts."""
+        """The value that selects, under the best alpha of ``evaluation.alphas``."""
         return float(self.result["selection"]["value"])
 
 
@@ -53,8 +50,8 @@ class Run:
 class Verdict:
     """Ours against the best other method, which validation chose.
 
-    ``gain`` is the relative gain out of distribution and ``iid_ratio`` ours over the other's in
-    distribution, both averaged over the four metrics.
+    ``gain`` is ours over the other's minus 1 on the OOD test, and ``iid_ratio`` ours over the
+    other's on the IID test, both averaged over the four metrics.
     """
 
     dataset: str
@@ -65,105 +62,101 @@ class Verdict:
     iid_ratio: float
 
 
-def finished_runs(suite: Suite) -> list[Run]:
-    """Every finished run; of each search, the best trial by validation is chosen."""
+def finished_runs(suite: Suite) -> list[FinishedRun]:
+    """Every finished run; in each cell, those of the best trial by validation are chosen."""
     found = []
-    for group in groups(suite):
-        jobs = [job for trial in jobs_of(suite, *group) for job in trial]
+    for cell in cells(suite):
+        jobs = [job for trial in jobs_of(suite, cell) for job in trial]
         done = [(job, result) for job in jobs if (result := finished_result(job))]
-        chosen = best_trial(
-            {
-                job.trial: result["selection"]["value"]
-                for job, result in done
-                if job.seed == suite.seeds[0]
-            }
-        )
-        found += [Run(job, job.trial == chosen, result) for job, result in done]
+        validation = {
+            job.trial: result["selection"]["value"]
+            for job, result in done
+            if job.seed == suite.seeds[0]
+        }
+        best = best_trial(validation)
+        found += [FinishedRun(job, job.trial == best, result) for job, result in done]
     return found
 
 
-def adjustments(runs: list[Run]) -> list[str]:
-    """Those that the runs were evaluated with, ``none`` first."""
+def adjustments(runs: list[FinishedRun]) -> list[str]:
+    """The adjustments that the runs were evaluated with, ``none`` first."""
     names = {entry["adjustment"] for run in runs for entry in run.result["evaluations"]}
     return sorted(names, key=lambda name: (name != "none", name))
 
 
-def rows(runs: list[Run]) -> list[Row]:
-    """One row per run, split and adjustment."""
+def result_rows(runs: list[FinishedRun]) -> list[Row]:
+    """One row per run, test split and adjustment: the rows of runs.parquet."""
     found = []
     for run in runs:
         job, best = run.job, run.result["selection"]
         head = {
-            "dataset": job.dataset, "method": job.method, "trial": job.trial,
-            "values": json.dumps(job.values), "seed": job.seed, "chosen": run.chosen,
-            "selection_split": best["split"], "selection_metric": best["metric"],
-        }  # fmt: skip
+            "dataset": job.dataset,
+            "method": job.method,
+            "trial": job.trial,
+            "values": json.dumps(job.values),
+            "seed": job.seed,
+            "chosen": run.chosen,
+            "selection_split": best["split"],
+            "selection_metric": best["metric"],
+        }
         tail = {"step_ms": step_ms(run), "seconds": run.result["seconds"], "run": run.url}
-        tail |= diagnostics(run.url)
+        tail |= diagnostic_values(run.url)
         for entry in run.result["evaluations"]:
-            found.append(
-                {
-                    **head,
-                    "split": entry["split"],
-                    "adjustment": entry["adjustment"],
-                    "alpha": entry["alpha"],
-                    "selection": run.validation,
-                    **entry["metrics"],
-                    **tail,
-                }
-            )
+            of_entry = {name: entry[name] for name in ("split", "adjustment", "alpha")}
+            of_entry |= {"selection": run.validation, **entry["metrics"]}
+            found.append(head | of_entry | tail)
     return found
 
 
-def write_rows(found: list[Row], url: str) -> None:
-    """Write Parquet; a value that a row lacks is null."""
-    names = dict.fromkeys(name for row in found for name in row)
-    table = pa.table({name: [row.get(name) for row in found] for name in names})
+def write_rows(rows: list[Row], url: str) -> None:
+    """Write rows as Parquet; a value that a row lacks is null."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pa.table({name: [row.get(name) for row in rows] for name in names})
     with storage.open_write(url) as file:
         pq.write_table(table, file)
 
 
-def step_ms(run: Run) -> float | None:
+def step_ms(run: FinishedRun) -> float | None:
     """The median time of a training step, without evaluations and checkpoints."""
-    paces = [
+    rates = [
         line["samples_per_second"] for line in read_metrics(run.url) if line["kind"] == "train"
     ]
-    return 1000 * run.job.config.train.batch / statistics.median(paces) if paces else None
+    return 1000 * run.job.config.train.batch / statistics.median(rates) if rates else None
 
 
-def diagnostics(url: str) -> Row:
-    """The numbers of a run's diagnosis as ``diagnostics.NAME``; none without one."""
+def diagnostic_values(url: str) -> Row:
+    """The numbers of a run's diagnosis as ``diagnostics.NAME``; empty if it was not diagnosed."""
     found = read_diagnostics(url) or {}
     return {f"diagnostics.{k}": float(v) for k, v in found.items() if isinstance(v, int | float)}
 
 
-def chosen(runs: list[Run], dataset: str, method: str) -> list[Run]:
-    """The chosen runs, one per seed."""
-    name = (dataset, method)
-    return [run for run in runs if run.chosen and (run.job.dataset, run.job.method) == name]
+def chosen_runs(runs: list[FinishedRun], dataset: str, method: str) -> list[FinishedRun]:
+    """The runs of the best trial of a cell, one per seed."""
+    cell = (dataset, method)
+    return [run for run in runs if run.chosen and (run.job.dataset, run.job.method) == cell]
 
 
-def over_seeds(
-    runs: list[Run], dataset: str, method: str, split: str, adjustment: str, metric: str
+def values_over_seeds(
+    runs: list[FinishedRun], dataset: str, method: str, split: str, adjustment: str, metric: str
 ) -> list[float]:
-    """The values of the chosen runs; empty if there are none."""
-    entries = [run.evaluation(split, adjustment) for run in chosen(runs, dataset, method)]
+    """A metric of each chosen run of a cell; empty if there is none."""
+    entries = [run.evaluation(split, adjustment) for run in chosen_runs(runs, dataset, method)]
     return [entry["metrics"][metric] for entry in entries if entry and metric in entry["metrics"]]
 
 
-def best_other(suite: Suite, runs: list[Run], dataset: str) -> str | None:
-    """The method, neither ours nor a variant of it, whose chosen runs validate best on average
-    over seeds."""
+def best_other(suite: Suite, runs: list[FinishedRun], dataset: str) -> str | None:
+    """The best rival: of the methods that are neither ours nor an ablation, the one whose chosen
+    runs have the highest mean validation over seeds. None if no rival has finished."""
     found: dict[str, float] = {}
     for method, entry in suite.methods.items():
-        values = [run.validation for run in chosen(runs, dataset, method)]
+        values = [run.validation for run in chosen_runs(runs, dataset, method)]
         if method != suite.ours and not entry.ablation and values:
             found[method] = statistics.mean(values)
     return max(found, key=lambda method: found[method], default=None)
 
 
-def verdict(suite: Suite, runs: list[Run], dataset: str, adjustment: str) -> Verdict | None:
-    """None while there is nothing to compare."""
+def verdict(suite: Suite, runs: list[FinishedRun], dataset: str, adjustment: str) -> Verdict | None:
+    """Compare ours with the best other method; None while there is nothing to compare."""
     other = best_other(suite, runs, dataset)
     if other is None:
         return None
@@ -177,53 +170,15 @@ def verdict(suite: Suite, runs: list[Run], dataset: str, adjustment: str) -> Ver
 
 
 def _ratios(
-    ours: str, other: str, runs: list[Run], dataset: str, split: str, adjustment: str
+    ours: str, other: str, runs: list[FinishedRun], dataset: str, split: str, adjustment: str
 ) -> list[float]:
-    """Ours over the other's, for each metric."""
+    """Ours over the other's mean over seeds, for each metric."""
     found = []
-    for metric in METRICS:
+    for metric in TABLE_METRICS:
         top, bottom = (
-            over_seeds(runs, dataset, method, split, adjustment, metric) for method in (ours, other)
+            values_over_seeds(runs, dataset, method, split, adjustment, metric)
+            for method in (ours, other)
         )
         if top and bottom and statistics.mean(bottom) > 0:
             found.append(statistics.mean(top) / statistics.mean(bottom))
     return found
-
-
-def significance(
-    ours: list[Run], other: list[Run], split: str, adjustment: str, metric: str
-) -> float:
-    """p of the mean difference over users, each user's value a mean over seeds; 1 if unknown."""
-    sides = [_user_values(runs, split, adjustment, metric) for runs in (ours, other)]
-    if len(sides[0]) != len(sides[1]) or not len(sides[0]):
-        return 1.0
-    return paired_bootstrap(sides[0] - sides[1])
-
-
-def _user_values(runs: list[Run], split: str, adjustment: str, metric: str) -> Floats:
-    """[users], in the order of their rows; empty where a run lacks its file."""
-    columns = []
-    for run in runs:
-        path = f"{run.url}/evaluations/{split}.{adjustment}.users.parquet"
-        if not storage.exists(path):
-            return np.empty(0)
-        with storage.open_read(path) as file:
-            columns.append(pq.read_table(file, columns=[metric])[metric].to_numpy())
-    return np.mean(columns, axis=0) if columns else np.empty(0)
-
-
-def paired_bootstrap(difference_U: Floats, draws: int = 2000, seed: int = 0) -> float:
-    """The two-sided p-value of a mean difference, by resampling users with replacement.
-
-    Args:
-        difference_U: [U], ours minus the other's, of the same users.
-
-    Returns:
-        Twice the share of resampled means on the far side of 0, at least 2 / (draws + 1).
-    """
-    generator, users = np.random.default_rng(seed), len(difference_U)
-    means = np.empty(draws)
-    for index in range(draws):
-        means[index] = difference_U[generator.integers(users, size=users)].mean()
-    tail = min((means <= 0).sum(), (means >= 0).sum())
-    return float(min(1.0, 2 * (tail + 1) / (draws + 1)))

@@ -1,34 +1,36 @@
-"""Runs a suite: trials on the first seed, then the best of each search on the other seeds."""
+"""Runs a suite: every trial on the first seed, then each cell's best trial on the other seeds."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from rich.progress import TimeElapsedColumn
 
 from cnsdiff_dist import storage
 from cnsdiff_dist.comparison.single_run import TRADE_OFF, finished_result
-from cnsdiff_dist.comparison.suite import Job, Suite, dump_suite, groups, jobs_of
-from cnsdiff_dist.comparison.workers import Pool
+from cnsdiff_dist.comparison.suite import Cell, Job, Suite, cells, dump_suite, jobs_of
+from cnsdiff_dist.comparison.workers import WorkerProcesses
 from cnsdiff_dist.runs.reporter import Screen
 
 FAILURES = "failures.json"
 
 
 def best_trial(validation: Mapping[int, float]) -> int | None:
-    """The trial with the highest validation value, the first of equals; None of none."""
+    """The trial with the highest validation value, the first of equals; None if there is none."""
     return max(sorted(validation), key=lambda trial: validation[trial], default=None)
 
 
-class Driver:
-    """Which runs of a suite are done, which are next, and why some failed.
+class Scheduler:
+    """Decides which runs of a suite are next, and records why some failed.
 
-    Chosen runs of the first seed are diagnosed too.
+    On the first seed, the best trial of each cell is also diagnosed.
     """
 
-    def __init__(self, suite: Suite, say: "Reporting") -> None:
-        self._suite, self._say = suite, say
-        self._jobs = {group: jobs_of(suite, *group) for group in groups(suite)}
-        self._settled: dict[tuple[str, str], dict[int, float | None]] = {g: {} for g in self._jobs}
+    def __init__(self, suite: Suite, progress: "SuiteProgress") -> None:
+        self._suite, self._progress = suite, progress
+        self._jobs = {cell: jobs_of(suite, cell) for cell in cells(suite)}
+        # Of each cell's ended trials on the first seed, the validation value; None if one failed.
+        self._validation: dict[Cell, dict[int, float | None]] = {cell: {} for cell in self._jobs}
         self.failures: dict[str, str] = {}
 
     @property
@@ -37,25 +39,30 @@ class Driver:
         return len(self._jobs) * (self._suite.search.trials + len(self._suite.seeds) - 1)
 
     def run(self, work: Callable[[Job], None], processes: int) -> None:
-        """Run all that is not done.
+        """Run all jobs that are not done.
 
         Raises:
             UserError: the output cannot be written.
         """
         out = self._suite.out
         storage.write_text(f"{out}/suite.yaml", dump_suite(self._suite))
-        logs = None
-        if storage.is_local(out):
-            logs = storage.local_path(out) / "logs"
-            logs.mkdir(parents=True, exist_ok=True)
+        workers = WorkerProcesses(work, processes, self._make_log_directory())
         first = [trial[0] for trials in self._jobs.values() for trial in trials]
         try:
-            Pool(work, processes, logs).run(self._open(first), self._settle)
+            workers.run(self._unfinished(first), self._settle)
         finally:
             storage.write_json(f"{out}/{FAILURES}", self.failures)
 
-    def _open(self, jobs: Iterable[Job]) -> list[Job]:
-        """Those that are not done, and what follows from those that are."""
+    def _make_log_directory(self) -> Path | None:
+        """A directory for the workers' output; None if the suite's output is remote."""
+        if not storage.is_local(self._suite.out):
+            return None
+        logs = storage.local_path(self._suite.out) / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        return logs
+
+    def _unfinished(self, jobs: Iterable[Job]) -> list[Job]:
+        """The jobs that are not done yet, and the jobs that follow from those that are."""
         found = []
         for job in jobs:
             if finished_result(job):
@@ -65,7 +72,7 @@ class Driver:
         return found
 
     def _settle(self, job: Job, reason: str | None) -> list[Job]:
-        """Note how a job ended.
+        """Record that a job has ended, ``reason`` saying why if it failed.
 
         Returns:
             The jobs that can start now.
@@ -75,32 +82,32 @@ class Driver:
             self.failures[job.label] = reason
         if job.task == "diagnose":
             if reason:
-                self._say.say(f"{job.label}: diagnosis failed: {reason}")
+                self._progress.say(f"{job.label}: diagnosis failed: {reason}")
             return []
-        self._say.settled(job, reason, result["selection"] if result else None)
+        self._progress.settled(job, reason, result["selection"] if result else None)
         if job.seed != self._suite.seeds[0]:
             return []
-        group = (job.dataset, job.method)
-        values = self._settled[group]
+        cell = (job.dataset, job.method)
+        values = self._validation[cell]
         values[job.trial] = result["selection"]["value"] if result else None
-        return self._follow(group) if len(values) == len(self._jobs[group]) else []
+        return self._after_search(cell) if len(values) == len(self._jobs[cell]) else []
 
-    def _follow(self, group: tuple[str, str]) -> list[Job]:
-        """After the last trial of a search: its best trial on the other seeds."""
-        done = {t: value for t, value in self._settled[group].items() if value is not None}
+    def _after_search(self, cell: Cell) -> list[Job]:
+        """After a cell's last trial: the best one on the other seeds, and its diagnosis."""
+        done = {t: value for t, value in self._validation[cell].items() if value is not None}
         chosen = best_trial(done)
         if chosen is None:
-            self._say.say(f"{' '.join(group)}: no trial succeeded")
+            self._progress.say(f"{' '.join(cell)}: no trial succeeded")
             return []
-        first, *others = self._jobs[group][chosen]
-        follow = self._open(others)
+        first, *others = self._jobs[cell][chosen]
+        found = self._unfinished(others)
         if not storage.exists(f"{first.url}/{TRADE_OFF}"):
-            follow.append(replace(first, task="diagnose"))
-        return follow
+            found.append(replace(first, task="diagnose"))
+        return found
 
 
-class Reporting(Screen):
-    """A suite's runs, one line each."""
+class SuiteProgress(Screen):
+    """Shows a progress bar over the runs of a suite, and a line for each run that ends."""
 
     def __init__(self) -> None:
         super().__init__(TimeElapsedColumn())
@@ -112,6 +119,7 @@ class Reporting(Screen):
         self._bar.update(self._task, total=total)
 
     def settled(self, job: Job, reason: str | None, best: dict[str, object] | None) -> None:
+        """Count a run, which failed for ``reason`` or has this ``best`` validation."""
         self._done += 1
         self._bar.advance(self._task)
         what = f"failed: {reason}"

@@ -1,7 +1,8 @@
-"""A suite: which methods are compared on which datasets, and the runs that this makes.
+"""A suite: which methods are compared on which datasets, and the runs that follow from it.
 
-Every method tries the same number of trials on each dataset, on the first seed; the best by
-validation is run on the other seeds.
+A suite is a YAML file. Each pair of a dataset and a method is a cell of the comparison and has a
+search of its own: every method tries the same number of trials on the first seed, and the best
+trial by validation is run on the other seeds.
 """
 
 import hashlib
@@ -16,22 +17,30 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from cnsdiff_dist import storage
-from cnsdiff_dist.config import Config, Section, parse_config, read_yaml
+from cnsdiff_dist.config import Config, parse_config
 from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.plain_yaml import read_yaml
+from cnsdiff_dist.sections import Section
 
 Settings = dict[str, Any]
 """Config values by ``section.key``."""
 
-_OWNED = {
-    "data.url": "datasets.NAME.url", "train.select_split": "datasets.NAME.select",
-    "run.seed": "seeds", "run.dir": "out",
-}  # fmt: skip
+Cell = tuple[str, str]
+"""A dataset and a method."""
+
+# Config keys that a suite sets, and from which of its own keys.
+_SET_BY_SUITE = {
+    "data.url": "datasets.NAME.url",
+    "train.select_split": "datasets.NAME.select",
+    "run.seed": "seeds",
+    "run.dir": "out",
+}
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 _Number = Annotated[float, BeforeValidator(lambda value: float(value))]  # YAML reads 1e-4 as text
 
 
 class Range(Section):
-    """Numbers to draw from, for a random search."""
+    """An interval that a random search draws from, uniformly or on a log scale."""
 
     low: _Number
     high: _Number
@@ -54,14 +63,19 @@ class Search(Section):
 
 
 class DatasetEntry(Section):
+    """A dataset; ``select`` is the split that chooses checkpoints and trials."""
+
     url: str
     select: Literal["valid_iid", "valid_ood"] = "valid_iid"
     set: Settings = Field(default_factory=dict)
 
 
 class MethodEntry(Section):
-    """``only``: the datasets it is run on, all by default. ``ablation``: a variant of ours,
-    that is no rival."""
+    """A method, as config values.
+
+    ``search`` replaces the suite's search space, and ``only`` lists the datasets to run it on, all
+    by default. An ``ablation`` is a variant of ours and does not count as a rival.
+    """
 
     set: Settings = Field(default_factory=dict)
     search: Space | None = None
@@ -70,6 +84,8 @@ class MethodEntry(Section):
 
 
 class Suite(Section):
+    """The YAML of a suite; ``ours`` is the method that is compared with the best other one."""
+
     name: _Name
     out: str = ""
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1)
@@ -102,9 +118,9 @@ class Suite(Section):
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a suite: ``trial`` counts from 0 within the dataset and method.
+    """One run of a suite, and whether to run it or to diagnose it once it is finished.
 
-    ``task`` is what is to be done with it: the run itself, or the diagnosis of a finished one.
+    ``trial`` counts from 0 within the cell; ``values`` are the settings that the trial tries.
     """
 
     dataset: str
@@ -128,10 +144,11 @@ def load_suite(path: str, out: str | None = None) -> Suite:
     """Read a suite and check the config of every run that it makes.
 
     Args:
-        out: overrides the suite's own.
+        out: replaces the suite's own output directory.
 
     Raises:
-        UserError: unreadable, an unknown key, a wrong value, or unequal budgets.
+        UserError: it cannot be read, has an unknown key or a wrong value, or the methods would
+            not have equal budgets.
     """
     where = storage.display(path)
     tree = read_yaml(storage.read_text(path), where, aliases=True)
@@ -146,8 +163,8 @@ def load_suite(path: str, out: str | None = None) -> Suite:
     if not suite.out:
         suite = suite.model_copy(update={"out": f"runs/{suite.name}"})
     try:
-        for dataset, method in groups(suite):
-            jobs_of(suite, dataset, method)
+        for cell in cells(suite):
+            jobs_of(suite, cell)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return suite
@@ -157,8 +174,8 @@ def dump_suite(suite: Suite) -> str:
     return yaml.safe_dump(suite.model_dump(mode="json"), sort_keys=False)
 
 
-def groups(suite: Suite) -> list[tuple[str, str]]:
-    """(dataset, method): each of these has a search of its own."""
+def cells(suite: Suite) -> list[Cell]:
+    """Every dataset with every method that is to run on it."""
     return [
         (dataset, method)
         for dataset, method in itertools.product(suite.datasets, suite.methods)
@@ -166,46 +183,51 @@ def groups(suite: Suite) -> list[tuple[str, str]]:
     ]
 
 
-def jobs_of(suite: Suite, dataset: str, method: str) -> list[list[Job]]:
-    """The runs that a search may need: by trial, then by seed, the first seed first.
+def jobs_of(suite: Suite, cell: Cell) -> list[list[Job]]:
+    """All runs that the search of a cell may need: by trial, then by seed, the first seed first.
 
     Raises:
         UserError: a config is wrong, or the search has not the suite's number of trials.
     """
     return [
-        [_job(suite, dataset, method, index, values, seed) for seed in suite.seeds]
-        for index, values in enumerate(trials(suite, dataset, method))
+        [_job(suite, cell, index, values, seed) for seed in suite.seeds]
+        for index, values in enumerate(trials(suite, cell))
     ]
 
 
-def trials(suite: Suite, dataset: str, method: str) -> list[Settings]:
-    """What a method tries on a dataset: ``search.trials`` settings, each once.
+def trials(suite: Suite, cell: Cell) -> list[Settings]:
+    """The settings that a cell tries, ``search.trials`` different ones.
 
     Raises:
-        UserError: the space has not that many.
+        UserError: the search space does not have as many.
     """
+    dataset, method = cell
     space, count = suite.space_of(method), suite.search.trials
-    for key, values in space.items():
-        if values == []:
-            raise UserError(f"methods.{method}: the search of {key} has no values")
-        if isinstance(values, Range) and suite.search.kind == "grid":
-            raise UserError(f"methods.{method}: {key} is a range; a grid needs a list")
-    points = math.prod(
-        math.inf if isinstance(values, Range) else len(values) for values in space.values()
-    )
-    if points < count or (suite.search.kind == "grid" and points > count):
-        raise UserError(
-            f"methods.{method}: its search has {points} points, not search.trials={count}: "
-            "every method tries equally many"
-        )
+    _check_space(space, count, suite.search.kind, method)
     if suite.search.kind == "grid":
         choices: list[list[Any]] = [list(values) for values in space.values()]
         return [dict(zip(space, point)) for point in itertools.product(*choices)]
     return _random_trials(space, count, f"{suite.seeds[0]}/{dataset}/{method}")
 
 
+def _check_space(space: Space, count: int, kind: str, method: str) -> None:
+    for key, values in space.items():
+        if values == []:
+            raise UserError(f"methods.{method}: the search of {key} has no values")
+        if isinstance(values, Range) and kind == "grid":
+            raise UserError(f"methods.{method}: {key} is a range; a grid needs a list")
+    points = math.prod(
+        math.inf if isinstance(values, Range) else len(values) for values in space.values()
+    )
+    if points < count or (kind == "grid" and points > count):
+        raise UserError(
+            f"methods.{method}: its search has {points} points, not search.trials={count}: "
+            "every method tries equally many"
+        )
+
+
 def _random_trials(space: Space, count: int, key: str) -> list[Settings]:
-    """Distinct draws, the same for the same key."""
+    """Draw distinct settings, always the same for the same key."""
     generator = random.Random(hashlib.sha256(key.encode()).digest())
     found: list[Settings] = []
     while len(found) < count:
@@ -223,9 +245,8 @@ def _draw(values: list[Any] | Range, generator: random.Random) -> Any:
     return generator.uniform(values.low, values.high)
 
 
-def _job(
-    suite: Suite, dataset: str, method: str, index: int, values: Settings, seed: int
-) -> Job:  # fmt: skip
+def _job(suite: Suite, cell: Cell, trial: int, values: Settings, seed: int) -> Job:
+    dataset, method = cell
     entry = suite.datasets[dataset]
     given: Settings = {"checkpoint.keep": 1}
     sources = {"base": suite.base, f"datasets.{dataset}": entry.set}
@@ -234,7 +255,8 @@ def _job(
         for key in settings:
             _check_key(key, where)
         given |= settings
-    # Named by its values, so that a suite may gain trials and keep the runs it has.
+    # The directory is named by a hash of the values, not by the trial's number: a suite may gain
+    # trials and keep its finished runs.
     mark = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
     given |= {
         "data.url": entry.url,
@@ -243,17 +265,18 @@ def _job(
         "run.dir": f"{suite.out.rstrip('/')}/runs/{dataset}/{method}/trial-{mark}-seed-{seed}",
     }
     config = parse_config(_nested(given), f"{dataset}, {method}")
-    return Job(dataset, method, index, values, seed, config)
+    return Job(dataset, method, trial, values, seed, config)
 
 
 def _check_key(key: str, where: str) -> None:
-    if key in _OWNED:
-        raise UserError(f"{where}: {key} comes from the suite's {_OWNED[key]}")
+    if key in _SET_BY_SUITE:
+        raise UserError(f"{where}: {key} comes from the suite's {_SET_BY_SUITE[key]}")
     if key.count(".") != 1:
         raise UserError(f"{where}: {key!r} is not a config key; write section.key")
 
 
 def _nested(settings: Settings) -> dict[str, Any]:
+    """The settings as the tree of sections that a config is."""
     tree: dict[str, Any] = {}
     for key, value in settings.items():
         section, leaf = key.split(".")
@@ -262,6 +285,7 @@ def _nested(settings: Settings) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError) -> str:
+    """The first error in one line that names its key."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":

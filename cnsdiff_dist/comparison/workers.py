@@ -1,6 +1,6 @@
-"""Worker processes that stay: each imports torch once and does one job after another.
+"""Long-lived worker processes: each imports torch once and does one job after another.
 
-A job that fails, or takes its worker down with it, is reported; the others go on.
+A job that fails, or that kills its worker, is reported, and the other jobs go on.
 """
 
 import multiprocessing
@@ -19,14 +19,14 @@ from cnsdiff_dist.errors import UserError
 
 JobT = TypeVar("JobT")
 
-_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHER_VARIABLES = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
 
 
-class Pool(Generic[JobT]):
-    """Up to ``processes`` workers, started when there is work for them.
+class WorkerProcesses(Generic[JobT]):
+    """Up to ``processes`` workers, each started when there is a job for it.
 
     Args:
-        work: called with each job in a worker; importable, since workers are spawned.
+        work: does a job in a worker. It must be importable, since workers are spawned.
         logs: a local directory for what the workers print, or None to drop it.
     """
 
@@ -37,16 +37,17 @@ class Pool(Generic[JobT]):
     def run(
         self, jobs: Iterable[JobT], settled: Callable[[JobT, str | None], Iterable[JobT]]
     ) -> None:
-        """Do the jobs, and those that ``settled`` returns when one is.
+        """Do the jobs, and the jobs that follow from them.
 
         Args:
-            settled: gets a job and None, or the line that says why it failed.
+            settled: is called when a job has ended, with the job and with the line that says why
+                it failed, or None. Returns the jobs that follow.
         """
         waiting = deque(jobs)
         try:
             while waiting or any(worker.job for worker in self._workers):
                 self._hand_out(waiting)
-                for worker in self._reporting():
+                for worker in self._wait_for_ended_jobs():
                     job, reason = worker.take()
                     waiting.extend(settled(job, reason))
         except BaseException:
@@ -54,7 +55,7 @@ class Pool(Generic[JobT]):
                 worker.process.terminate()
             raise
         finally:
-            self._dismiss()
+            self._end_workers()
 
     def _hand_out(self, waiting: "deque[JobT]") -> None:
         self._workers = [worker for worker in self._workers if worker.process.is_alive()]
@@ -67,14 +68,14 @@ class Pool(Generic[JobT]):
                 self._workers.append(idle)
             idle.give(waiting.popleft())
 
-    def _reporting(self) -> "list[_Worker[JobT]]":
+    def _wait_for_ended_jobs(self) -> "list[_Worker[JobT]]":
         busy = [worker for worker in self._workers if worker.job is not None]
         ready = wait([worker.pipe for worker in busy] + [w.process.sentinel for w in busy])
         return [w for w in busy if w.pipe in ready or w.process.sentinel in ready]
 
-    def _dismiss(self) -> None:
+    def _end_workers(self) -> None:
         for worker in self._workers:
-            worker.pipe.close()  # an idle worker reads the end of its pipe, and leaves
+            worker.pipe.close()  # an idle worker exits at the end of its pipe
         for worker in self._workers:
             worker.process.join(5)
             if worker.process.is_alive():
@@ -83,21 +84,23 @@ class Pool(Generic[JobT]):
 
 
 class _Worker(Generic[JobT]):
+    """One process, the pipe to it, and the job that it does, None while it is idle."""
+
     def __init__(self, work: Callable[[JobT], None], logs: Path | None) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, work, logs), daemon=True)
+        self.pipe, worker_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(worker_end, work, logs), daemon=True)
         self.process.start()
-        theirs.close()
+        worker_end.close()
         self.job: JobT | None = None
 
     def give(self, job: JobT) -> None:
         self.job = job
-        with suppress(BrokenPipeError):  # it died: its sentinel says so
+        with suppress(BrokenPipeError):  # the worker died; its sentinel tells the caller
             self.pipe.send(job)
 
     def take(self) -> tuple[JobT, str | None]:
-        """The job that is settled, and why it failed if it did."""
+        """The job that has ended, and why it failed, or None if it did not."""
         job = self.job
         assert job is not None
         self.job = None
@@ -108,19 +111,19 @@ class _Worker(Generic[JobT]):
         except (EOFError, OSError):
             pass
         self.process.join()
-        return job, f"its process died ({_how(self.process.exitcode or 0)})"
+        return job, f"its process died ({_cause(self.process.exitcode or 0)})"
 
 
-def _how(code: int) -> str:
+def _cause(code: int) -> str:
     if code < 0:
         return f"signal {signal.Signals(-code).name}; out of memory?"
     return f"exit code {code}"
 
 
 def _serve(pipe: Connection, work: Callable[[JobT], None], logs: Path | None) -> None:
-    """A worker's life: a world of one on one thread, until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    for name in _LAUNCHER:
+    """Do the jobs that arrive, as a world of one rank on one thread, until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
+    for name in _LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
     os.environ["OMP_NUM_THREADS"] = "1"
     _redirect(logs)
@@ -134,7 +137,7 @@ def _serve(pipe: Connection, work: Callable[[JobT], None], logs: Path | None) ->
 
 
 def _redirect(logs: Path | None) -> None:
-    """What is printed goes to this worker's own file."""
+    """Send what is printed to this worker's own file."""
     target = os.devnull if logs is None else str(logs / f"worker-{os.getpid()}.txt")
     file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (sys.stdout, sys.stderr):
@@ -143,6 +146,7 @@ def _redirect(logs: Path | None) -> None:
 
 
 def _attempt(work: Callable[[JobT], None], job: JobT) -> str | None:
+    """Do a job; return the line that says why it failed, or None."""
     try:
         work(job)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Open a prepared dataset: its manifest, its evaluation splits, its id maps."""
+"""Read a prepared dataset: its manifest, its evaluation splits and its id maps."""
 
 import hashlib
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def load_manifest(url: str) -> Manifest:
     """Read the manifest of the dataset directory ``url``.
 
     Raises:
-        UserError: there is none, it cannot be read, or it is not a manifest.
+        UserError: the manifest is missing, cannot be read, or is not a manifest.
     """
     path = storage.join(url, MANIFEST)
     if not storage.exists(path):
@@ -34,9 +34,10 @@ def load_manifest(url: str) -> Manifest:
 
 
 def read_split(url: str, manifest: Manifest, name: str) -> tuple[Ids, Ids]:
-    """The users and items of a split, int64 [rows] each, whole in memory.
+    """Read a whole split into memory; for evaluation splits, since train is streamed.
 
-    For evaluation splits; train is streamed.
+    Returns:
+        The users and the items, int64 [rows] each.
 
     Raises:
         UserError: the split is absent or empty, or a file is missing, damaged, of another
@@ -55,10 +56,11 @@ def read_split(url: str, manifest: Manifest, name: str) -> tuple[Ids, Ids]:
 
 
 def read_ids(url: str, manifest: Manifest, side: Side) -> pa.Table:
-    """The id map of ``"users"`` or ``"items"``, one line per row, in row order.
+    """Read the id map of the users or of the items: one line per table row, in row order.
 
-    Columns: ``id`` (the raw id, int64 or string), ``row``, ``degree`` (train interactions)
-    and, for items, ``environment``.
+    Returns:
+        A table with the columns ``id`` (the raw id, int64 or string), ``row``, ``degree`` (the
+        number of train interactions) and, for items, ``environment``.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -72,10 +74,10 @@ def read_ids(url: str, manifest: Manifest, side: Side) -> pa.Table:
 def read_id_blocks(
     url: str, manifest: Manifest, side: Side, rows: range
 ) -> Iterator[tuple[int, pa.Array]]:
-    """The raw ids of a range of rows, (first row, ids), a file at a time.
+    """Yield the raw ids of a range of table rows as (first row, ids), a file at a time.
 
     Raises:
-        UserError: as :func:`read_ids`.
+        UserError: a file is missing or damaged.
     """
     first = 0
     for shard in manifest.ids[side].shards:
@@ -89,13 +91,13 @@ def read_id_blocks(
 def _read_shard(url: str, shard: Shard, columns: list[str] | None) -> pa.Table:
     path = storage.join(url, shard.path)
     content = storage.read_bytes(path)
-    # Before Arrow sees it: some damage in a footer makes it abort the process.
+    # Checked before Arrow reads it, which some damage in a footer makes abort the process.
     if hashlib.sha256(content).hexdigest() != shard.sha256:
         raise _damaged(path, "its sha256 is not the manifest's")
-    with damage(storage.display(path)):
+    with explained_damage(storage.display(path)):
         file = pq.ParquetFile(pa.BufferReader(content))
-        if file.metadata.num_rows != shard.rows:  # before they are all decompressed
-            found = file.metadata.num_rows
+        found = file.metadata.num_rows
+        if found != shard.rows:  # Checked before all rows are decompressed.
             raise _damaged(path, f"{found} rows, where the manifest promises {shard.rows}")
         table = file.read(columns=columns)
     if table.num_rows != shard.rows:
@@ -107,11 +109,14 @@ def _read_shard(url: str, shard: Shard, columns: list[str] | None) -> pa.Table:
 
 
 @contextmanager
-def damage(where: str) -> Iterator[None]:
-    """What Arrow says of a file's content; errors of the disk or the network pass through.
+def explained_damage(where: str) -> Iterator[None]:
+    """Turn Arrow's errors about a file's content into a UserError.
+
+    Errors of the disk or the network pass through. ``where`` names the file and, if known, the row
+    group.
 
     Raises:
-        UserError: the content is damaged; ``where`` names the file, and the row group if known.
+        UserError: the content is damaged.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""Files of a dataset as one local file, good for memory-mapping.
+"""Files of a dataset as one local file, which can be memory-mapped.
 
-A local file is used where it is. Remote files, and arrays in several files, are brought
-together once per node in a cache that its ranks share; page by page, the kernel then keeps one
-copy in memory for all of them.
+A local file is used where it is. Remote files, and arrays in several files, are copied into one
+file once per node, in a cache that the node's ranks share. The kernel keeps one copy of its pages
+in memory for all of them.
 """
 
 import fcntl
@@ -24,16 +24,19 @@ _CHUNK = 1 << 22
 
 
 def cache_dir() -> Path:
-    """Where copies of remote files live: $CNSDIFF_CACHE, else ~/.cache/cnsdiff_dist."""
+    """Return the directory of the cache: $CNSDIFF_CACHE, or else ~/.cache/cnsdiff_dist."""
     given = os.environ.get("CNSDIFF_CACHE")
     return Path(given) if given else Path("~/.cache/cnsdiff_dist").expanduser()
 
 
 def local_file(url: str, blobs: Sequence[Blob], verify: bool) -> Path:
-    """The bytes of ``blobs``, files of the dataset at ``url``, one after the other.
+    """Return a local file with the bytes of ``blobs``, one after the other.
 
-    ``verify`` reads a local file whole to check its sha256, about a second per gigabyte: one
-    rank of a node is enough. Copies in the cache were checked when they were made.
+    Args:
+        url: the dataset directory.
+        verify: whether to read a local file whole to check its sha256, which takes about a second
+            per gigabyte; one rank of a node is enough. A copy in the cache was checked when it
+            was made.
 
     Raises:
         UserError: a file is missing, or its bytes are not those of the manifest.
@@ -50,7 +53,7 @@ def local_file(url: str, blobs: Sequence[Blob], verify: bool) -> Path:
     key = hashlib.sha256(" ".join(blob.sha256 for blob in blobs).encode()).hexdigest()
     path = cache_dir() / key / Path(blobs[0].path).name
     with storage.explained(str(path), "write"), _locked(path.parent):
-        # Of the ranks of a node, the first one through the lock fetches for all.
+        # The first rank of a node that gets the lock fetches for all of them.
         if not path.is_file():
             with storage.replacing(path) as file:
                 _fetch(sources, blobs, file)
@@ -59,7 +62,7 @@ def local_file(url: str, blobs: Sequence[Blob], verify: bool) -> Path:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Alone among this node's processes; the kernel frees the lock of one that is killed."""
+    """Keep other processes of this node out; the kernel frees the lock of a killed process."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -67,6 +70,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _fetch(sources: list[str], blobs: Sequence[Blob], file: IO[bytes]) -> None:
+    """Copy the sources in parallel to their positions in ``file``."""
     starts = list(accumulate((blob.bytes for blob in blobs), initial=0))
     os.truncate(file.fileno(), starts[-1])
     with ThreadPoolExecutor(min(8, len(blobs)), "fetch") as pool:
@@ -86,7 +90,7 @@ def _fetch_one(source: str, blob: Blob, handle: int, start: int) -> None:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             size += len(chunk)
-            if size <= blob.bytes:  # what is too long must not write over its neighbour
+            if size <= blob.bytes:  # A blob that is too long must not overwrite the next one.
                 os.pwrite(handle, chunk, start + size - len(chunk))
     _check(source, digest.hexdigest(), blob)
 

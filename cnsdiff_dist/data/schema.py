@@ -1,8 +1,7 @@
-"""The prepared dataset's contract: its columns and its manifest.
+"""The format of a prepared dataset: its columns and its manifest.
 
-A dataset directory is described by ``manifest.json``, which is written last: a
-directory without one is not a dataset. Everything else in this package trusts the
-manifest for counts and checks files against it when it opens them.
+``manifest.json`` describes a dataset directory. It is written last, so a directory without one is
+not a dataset. Readers take counts from the manifest and check every file that they open against it.
 """
 
 from itertools import pairwise
@@ -19,12 +18,12 @@ from cnsdiff_dist.errors import UserError
 SPLITS = ("train", "valid_iid", "valid_ood", "test_iid", "test_ood")
 
 INTERACTION_SCHEMA = pa.schema([("user", pa.int64()), ("item", pa.int64())])
-"""Rows of the id maps, not raw ids. ``timestamp`` (int64, as in the log) may follow."""
+"""Users and items are table rows, not raw ids. ``timestamp`` (int64, as in the log) may follow."""
 
-
-# A manifest may mean harm: what it promises is what is allocated before a file is read.
+# Counts are bounded, because memory is allocated by them before any file is read, and a manifest
+# may be malicious.
 Count = Annotated[int, Field(ge=0, lt=2**48)]
-GroupRows = Annotated[int, Field(ge=0, le=2**20)]
+RowGroupRows = Annotated[int, Field(ge=0, le=2**20)]
 RelativePath = Annotated[str, Field(max_length=500)]
 
 
@@ -33,16 +32,21 @@ class _Strict(BaseModel):
 
 
 class Shard(_Strict):
-    """One Parquet file of a split or id map; ``path`` is relative to the dataset directory.
+    """One Parquet file of a split or of an id map.
 
-    ``row_groups`` are their rows; ``row_group_crc32`` the zlib.crc32 of their
-    :func:`leading_bytes`, which is what the train stream reads (in an id map they are there, but
-    nothing reads by row group); ``footer_crc32`` that of the last ``footer_bytes``, to the end.
+    Attributes:
+        path: relative to the dataset directory.
+        row_groups: the number of rows of each row group.
+        row_group_crc32: zlib.crc32 of the `leading_bytes` of each row group, which the train
+            stream reads.
+        footer_bytes: the length of the footer, from its start to the end of the file.
+        footer_crc32: zlib.crc32 of the footer.
+        sha256: of the whole file.
     """
 
     path: RelativePath
     rows: Count
-    row_groups: list[GroupRows]
+    row_groups: list[RowGroupRows]
     row_group_crc32: list[int]
     footer_bytes: Count
     footer_crc32: int
@@ -58,13 +62,14 @@ class Shard(_Strict):
         return self
 
 
-def leading_bytes(footer: pq.FileMetaData, group: int) -> tuple[int, int]:
-    """Where the first two columns of a row group, in a split user and item, lie in the file.
+def leading_bytes(footer: pq.FileMetaData, row_group: int) -> tuple[int, int]:
+    """Locate the first two columns of a row group, which are user and item in a split.
 
-    [start, stop) from the first column chunk's first page to the second one's end, as stored;
-    Parquet writes the chunks of a row group one after the other.
+    Returns:
+        The bytes [start, stop) of the file, from the first page of the first column chunk to the
+        end of the second chunk. Parquet writes the chunks of a row group one after the other.
     """
-    first, last = (footer.row_group(group).column(column) for column in (0, 1))
+    first, last = (footer.row_group(row_group).column(column) for column in (0, 1))
     return _first_page(first), _first_page(last) + last.total_compressed_size
 
 
@@ -73,6 +78,8 @@ def _first_page(chunk: pq.ColumnChunkMetaData) -> int:
 
 
 class Split(_Strict):
+    """The Parquet files of a split or of an id map, in order."""
+
     rows: Count
     shards: list[Shard]
 
@@ -84,7 +91,7 @@ class Split(_Strict):
 
 
 class Blob(_Strict):
-    """One raw file (graph arrays); ``path`` is relative to the dataset directory."""
+    """One file of a graph array, without a header; ``path`` is relative to the dataset."""
 
     path: RelativePath
     bytes: Count
@@ -95,10 +102,10 @@ Blobs = Annotated[tuple[Blob, ...], Field(min_length=1)]
 
 
 class Graph(_Strict):
-    """CSR of the train split in both directions; little-endian, indices sorted per row.
+    """The train graph in CSR from both sides; little-endian, with indices sorted in each row.
 
-    ``indptr`` arrays are int64 [rows + 1]; index arrays have ``index_dtype`` [edges]. Each is
-    cut into one or more files, whose bytes follow one another.
+    The indptr arrays are int64 [U + 1] and [I + 1]; the index arrays are ``index_dtype`` [edges].
+    An array lies in one or more files, whose bytes follow one another.
     """
 
     edges: Count
@@ -110,16 +117,23 @@ class Graph(_Strict):
 
     @property
     def blobs(self) -> tuple[Blob, ...]:
+        """All files of the graph."""
         return self.user_indptr + self.user_items + self.item_indptr + self.item_users
 
 
 class Manifest(_Strict):
     """What is in a dataset directory.
 
-    ``columns`` are those of the splits; ``shift`` says how they were made; ``environment_edges``
-    are train degrees of items, ascending; ``dropped`` counts input rows by why they are in no
-    split; ``hashed_users`` are the table rows that rare and unknown users share;
-    ``digest`` is the sha256 of everything here but ``name``.
+    Attributes:
+        users, items: the number of table rows, U and I.
+        columns: the columns of the splits.
+        shift: how the splits were made.
+        ids: the id maps.
+        environment_edges: the lowest train degree of every popularity bucket of items but the
+            first, ascending.
+        dropped: the number of input rows in no split, by reason.
+        hashed_users: the number of table rows, the last ones, that rare and unknown users share.
+        digest: the sha256 of everything here but ``name``.
     """
 
     schema_version: Literal[3]
@@ -152,10 +166,11 @@ class Manifest(_Strict):
 
     @property
     def environments(self) -> int:
+        """The number of popularity buckets of items."""
         return len(self.environment_edges) + 1
 
     def environment_of(self, degree: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The popularity bucket of items with these train degrees: 0 is the least popular."""
+        """Return the popularity bucket of each train degree of an item; 0 is the least popular."""
         return np.searchsorted(np.asarray(self.environment_edges), degree, side="right")
 
 

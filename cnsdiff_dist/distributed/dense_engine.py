@@ -1,8 +1,7 @@
-"""The DeepSpeed engine of the generator. The only module that imports deepspeed.
+"""The DeepSpeed engine that trains the generator. No other module imports deepspeed.
 
-The engine owns the dense module alone: the tables must never be handed to it, its
-broadcast would overwrite their shards. ``backward`` goes through the engine and carries
-gradients on into the tables.
+The engine gets the dense module only, never the embedding tables: its broadcast would overwrite
+their shards. ``backward`` goes through the engine, and the gradients flow on into the tables.
 """
 
 import logging
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnsdiff_dist.config import Generator
+from cnsdiff_dist.sections import Generator
 
 State = dict[str, dict[str, Tensor]]
 """Parameter name -> its full ``value``, ``exp_avg``, ``exp_avg_sq`` and Adam's ``step``."""
@@ -21,7 +20,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DenseEngine:
-    """Trains a module by data parallelism under ZeRO; without one, just backpropagates."""
+    """Trains a module by data parallelism under ZeRO; without a module it only backpropagates."""
 
     def __init__(self, module: nn.Module | None, config: Generator, rows_per_rank: int) -> None:
         self._lr, self._stage = config.lr, config.zero_stage
@@ -31,7 +30,7 @@ class DenseEngine:
 
     @property
     def network(self) -> nn.Module | None:
-        """The module as the sampler must call it."""
+        """The module, wrapped by the engine: the sampler must call it in this form."""
         return self._engine
 
     def backward(self, loss: Tensor) -> None:
@@ -44,15 +43,18 @@ class DenseEngine:
         if self._engine is not None:
             self._engine.step()
 
-    def discard(self) -> None:
-        """Forget the gradients of :meth:`backward`: no step will follow."""
-        if self._engine is not None:
-            self._engine.optimizer.zero_grad(set_to_none=True)
-            if self._stage > 0:  # what ZeRO keeps of a backward, as its own overflow path leaves it
-                self._engine.optimizer.averaged_gradients = {}
-            if self._stage in (1, 2):
-                self._engine.optimizer.all_grad_tensors = {}
-                self._engine.optimizer.micro_step_id = -1
+    def discard_gradients(self) -> None:
+        """Forget the gradients of the last :meth:`backward`, after which no step follows."""
+        if self._engine is None:
+            return
+        optimizer = self._engine.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        # ZeRO keeps more of a backward; its own handling of an overflow clears the same fields.
+        if self._stage > 0:
+            optimizer.averaged_gradients = {}
+        if self._stage in (1, 2):
+            optimizer.all_grad_tensors = {}
+            optimizer.micro_step_id = -1
 
     def scale_lr(self, factor: float) -> None:
         """Set the learning rate of the next step to ``factor`` x the configured one."""
@@ -61,8 +63,10 @@ class DenseEngine:
                 group["lr"] = self._lr * factor
 
     def state(self) -> State:
-        """Full float32 parameters and Adam moments by name, the same at any ZeRO stage and
-        world size. Collective."""
+        """Return the full float32 parameters and Adam moments by name. Collective.
+
+        They have the same form at any ZeRO stage and world size.
+        """
         if self._engine is None:
             return {}
         step = next(iter(self._adam.state.values()))["step"].detach().clone()
@@ -76,7 +80,7 @@ class DenseEngine:
         }
 
     def load_state(self, state: State) -> None:
-        """Take :meth:`state`'s tree back. Collective."""
+        """Overwrite parameters and moments with what :meth:`state` returned. Collective."""
         if self._engine is None:
             return
         import deepspeed
@@ -84,7 +88,7 @@ class DenseEngine:
 
         for name, parameter in self._engine.module.named_parameters():
             saved = state[name]
-            # The copy that computes, whole or partitioned, then the fp32 master and moments.
+            # The copy that computes (whole or partitioned) is apart from the fp32 master copy.
             with torch.no_grad(), deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
                 parameter.data.copy_(saved["value"])
             if self._stage == 0:
@@ -113,7 +117,7 @@ class DenseEngine:
         return optimizer if self._stage == 0 else optimizer.optimizer
 
     def _create_adam_state(self) -> None:
-        """Adam makes its state at its first step; a checkpoint may have to fill it before."""
+        """Create what Adam creates at its first step: a checkpoint may be loaded before that."""
         zero: Any = self._engine.optimizer  # type: ignore[union-attr]
         if self._stage == 0:
             flat = list(self._engine.module.parameters())  # type: ignore[union-attr]
@@ -135,23 +139,22 @@ def _initialize(module: nn.Module, config: Generator, rows_per_rank: int) -> Any
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     import deepspeed
 
-    # Built at start by a compiler, racing between ranks; gloo does what it would do.
+    # DeepSpeed would compile this operator at start, with a race between ranks; gloo does its work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        config={
-            "train_micro_batch_size_per_gpu": rows_per_rank,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": config.gradient_clip,
-            "optimizer": {
-                "type": "Adam",
-                "params": {"lr": config.lr, "torch_adam": True, "adam_w_mode": False},
-            },
-            "zero_optimization": {"stage": config.zero_stage},
-            "bf16": {"enabled": config.precision == "bf16"},
-            "steps_per_print": 2**31 - 1,
-        },
-        dist_init_required=False,
-    )
+    options = _deepspeed_config(config, rows_per_rank)
+    engine, *_ = deepspeed.initialize(model=module, config=options, dist_init_required=False)
     return engine
+
+
+def _deepspeed_config(config: Generator, rows_per_rank: int) -> dict[str, Any]:
+    adam = {"lr": config.lr, "torch_adam": True, "adam_w_mode": False}
+    return {
+        "train_micro_batch_size_per_gpu": rows_per_rank,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.gradient_clip,
+        "optimizer": {"type": "Adam", "params": adam},
+        "zero_optimization": {"stage": config.zero_stage},
+        "bf16": {"enabled": config.precision == "bf16"},
+        "steps_per_print": 2**31 - 1,
+    }

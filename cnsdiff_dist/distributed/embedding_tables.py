@@ -1,35 +1,36 @@
-"""The embedding tables, described but not yet allocated."""
+"""The user and item embedding tables before they are sharded: their shapes and initial values."""
 
 import torch
 from torchrec import EmbeddingCollection, EmbeddingConfig
 from torchrec.types import DataType
 
-from cnsdiff_dist.config import Tables
+from cnsdiff_dist.sections import Tables
 
 TABLES = ("user", "item")
 
 
-def embedding_tables(users: int, items: int, dim: int, config: Tables) -> EmbeddingCollection:
-    """The user [U, D] and item [I, D] tables on the meta device; sharding allocates them."""
-    return EmbeddingCollection(
-        device=torch.device("meta"),
-        tables=[
-            EmbeddingConfig(
-                name=name, embedding_dim=dim, num_embeddings=rows, feature_names=[name],
-                data_type=DataType[config.dtype(name).upper()],
-            )
-            for name, rows in zip(TABLES, (users, items), strict=True)
-        ],
-    )  # fmt: skip
+def unallocated_tables(users: int, items: int, dim: int, config: Tables) -> EmbeddingCollection:
+    """Describe the tables, [U, D] and [I, D], on the meta device; sharding allocates them."""
+    tables = [
+        EmbeddingConfig(
+            name=name,
+            embedding_dim=dim,
+            num_embeddings=rows,
+            feature_names=[name],
+            data_type=DataType[config.dtype(name).upper()],
+        )
+        for name, rows in zip(TABLES, (users, items), strict=True)
+    ]
+    return EmbeddingCollection(device=torch.device("meta"), tables=tables)
 
 
 def initial_rows(
     table: str, start: int, stop: int, dim: int, std: float, seed: int
 ) -> torch.Tensor:
-    """Rows [start, stop) of a freshly initialised table: N(0, std^2), float32 [stop-start, D].
+    """Draw the initial rows [start, stop) of a table from N(0, std^2): float32 [stop - start, D].
 
-    Drawn in blocks keyed by (seed, table, block), so a row's first value depends neither
-    on the world size nor on how the table is sharded.
+    The rows are drawn in blocks with a seed of (seed, table, block), so a row's initial value
+    depends neither on the world size nor on how the table is sharded.
     """
     block_rows = 4096
     parts = []

@@ -1,8 +1,9 @@
-"""Whose turn it is to be waited for in vain: every rank beats in the launcher's store.
+"""Every rank's heartbeat in the launcher's store, so that a lost rank is named.
 
-A collective tells neither who is missing nor, behind the steps, when to give up. So each rank
-writes a beat a second, and watches that of the next rank: one that stays silent for
-``run.timeout_seconds`` is named, and its watcher ends, so that the launcher starts all anew.
+A collective does not say which rank is missing, and one that runs beside the training (a
+checkpoint) waits for hours. Each rank therefore writes a heartbeat to the store once a second and
+watches that of the next rank. If it does not change for ``run.timeout_seconds``, the watching rank
+names the lost one and ends, and the launcher starts all ranks again.
 """
 
 import os
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -22,96 +23,115 @@ from cnsdiff_dist import logs
 from cnsdiff_dist.distributed.world import World, is_lost_peer
 from cnsdiff_dist.errors import TryAgain, complain
 
-_SECONDS = 1.0
+_INTERVAL_SECONDS = 1.0
 
 
-class Peers:
-    """Beats while the training runs; the step is told to the others. Alone, it does nothing."""
+class _Beat(NamedTuple):
+    """One rank's entry in the store: the number of the beat, the global step and the host."""
+
+    number: str
+    step: str
+    host: str
+
+
+class Heartbeat:
+    """Writes this rank's heartbeat and watches the next rank's while the context is open.
+
+    A world of one rank has no heartbeat.
+    """
 
     def __init__(self, world: World, timeout_seconds: float) -> None:
         self._world, self._timeout = world, timeout_seconds
-        self._over = threading.Event()
+        self._stopped = threading.Event()
 
     def __enter__(self) -> Self:
         if self._world.size > 1:
-            # A connection of its own: one that waits for a key keeps the others of its client off.
+            # Its own connection: a client that waits for a key blocks the client's other callers.
             store: Any = _get_default_store()
             store = store.clone()
             store.set_timeout(timedelta(seconds=self._timeout))
-            self._store = dist.PrefixStore("cnsdiff-beats", store)
-            self._beat(0)
-            threading.Thread(target=self._beat_on, name="beat", daemon=True).start()
+            self._store = dist.PrefixStore("cnsdiff-heartbeat", store)
+            self._write(0)
+            threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
-
-    def _beat_on(self) -> None:
-        next_rank = (self._world.rank + 1) % self._world.size
-        beats, seen, since = 0, [""], time.monotonic()
-        while not self._over.wait(_SECONDS):
-            beats += 1
-            try:
-                self._beat(beats)
-                found = self._beats([next_rank]).get(next_rank, [""])
-            except RuntimeError as error:
-                if not self._over.is_set():
-                    self._leave(f"the launcher's store does not answer ({_short(error)})")
-            if found[0] != seen[0]:
-                seen, since = found, time.monotonic()
-            elif time.monotonic() - since > self._timeout and not self._over.is_set():
-                who = (
-                    _named(next_rank, found) if found[0] else f"rank {next_rank}, which never beat"
-                )
-                self._leave(f"lost {who}: silent for {self._timeout:g} s (run.timeout_seconds)")
-
-    def _beat(self, beats: int) -> None:
-        step = logs.context.step or 0
-        self._store.set(str(self._world.rank), f"{beats} {step} {socket.gethostname()}")
-
-    def _beats(self, ranks: list[int]) -> dict[int, list[str]]:
-        """Rank -> its beats so far, its step and its host, of those that have beaten."""
-        keys = [str(rank) for rank in ranks if self._store.check([str(rank)])]
-        values = self._store.multi_get(keys) if keys else []
-        return {int(key): value.decode().split() for key, value in zip(keys, values, strict=True)}
-
-    def _leave(self, why: str) -> None:
-        complain(f"{why}; run again to go on")
-        sys.stderr.flush()
-        os._exit(TryAgain.exit_code)
+        self._stopped.set()
 
     @contextmanager
-    def named(self) -> Iterator[None]:
-        """A collective's failure becomes a line that names the ranks that no longer beat.
+    def naming_lost_ranks(self) -> Iterator[None]:
+        """Turn the failure of a collective into one line that names the ranks that are lost.
 
         Raises:
-            TryAgain: a peer was lost.
+            TryAgain: another rank or the network failed.
         """
         try:
             yield
         except RuntimeError as error:  # torch's DistError is one
             if self._world.size == 1 or not is_lost_peer(error):
                 raise
-            why = f"{self._missing()}; run again to go on (a collective: {_short(error)})"
+            why = f"{self._lost_ranks()}; run again to go on (a collective: {_short(error)})"
             raise TryAgain(why) from error
 
-    def _missing(self) -> str:
-        """Beats are compared with themselves a little later: no clock is shared."""
+    def _run(self) -> None:
+        next_rank = (self._world.rank + 1) % self._world.size
+        seen: _Beat | None = None
+        number, since = 0, time.monotonic()
+        while not self._stopped.wait(_INTERVAL_SECONDS):
+            number += 1
+            try:
+                self._write(number)
+                beat = self._read([next_rank]).get(next_rank)
+            except RuntimeError as error:
+                if self._stopped.is_set():
+                    return
+                _end_process(f"the launcher's store does not answer ({_short(error)})")
+            if beat != seen:
+                seen, since = beat, time.monotonic()
+            elif time.monotonic() - since > self._timeout and not self._stopped.is_set():
+                who = _named(next_rank, beat) if beat else f"rank {next_rank}, which never beat"
+                _end_process(f"lost {who}: silent for {self._timeout:g} s (run.timeout_seconds)")
+
+    def _write(self, number: int) -> None:
+        step = logs.context.step or 0
+        self._store.set(str(self._world.rank), f"{number} {step} {socket.gethostname()}")
+
+    def _read(self, ranks: list[int]) -> dict[int, _Beat]:
+        """Return the heartbeat of each of the ranks that has written one."""
+        keys = [str(rank) for rank in ranks if self._store.check([str(rank)])]
+        values = self._store.multi_get(keys) if keys else []
+        return {
+            int(key): _Beat(*value.decode().split())
+            for key, value in zip(keys, values, strict=True)
+        }
+
+    def _lost_ranks(self) -> str:
+        """Say which ranks do not beat.
+
+        Two readings of the store are compared, because the hosts' clocks may differ.
+        """
         others = [rank for rank in range(self._world.size) if rank != self._world.rank]
         try:
-            before = self._beats(others)
-            time.sleep(1.5 * _SECONDS)
-            after = self._beats(others)
+            before = self._read(others)
+            time.sleep(1.5 * _INTERVAL_SECONDS)
+            after = self._read(others)
         except RuntimeError:
             return "the launcher's store is lost, and its node perhaps with it"
-        silent = [rank for rank in before if before[rank][0] == after[rank][0]]
+        silent = [rank for rank in before if before[rank].number == after[rank].number]
         if not silent:
             return "a collective failed, though every rank still answers"
         return "lost " + ", ".join(_named(rank, after[rank]) for rank in silent)
 
 
-def _named(rank: int, beat: list[str]) -> str:
-    return f"rank {rank} on {beat[2]} (step {beat[1]})"
+def _end_process(why: str) -> NoReturn:
+    """End at once: the main thread may wait in a collective that never returns."""
+    complain(f"{why}; run again to go on")
+    sys.stderr.flush()
+    os._exit(TryAgain.exit_code)
+
+
+def _named(rank: int, beat: _Beat) -> str:
+    return f"rank {rank} on {beat.host} (step {beat.step})"
 
 
 def _short(error: BaseException) -> str:

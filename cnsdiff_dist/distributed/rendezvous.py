@@ -1,68 +1,70 @@
-"""Which processes belong to this start of a world, when restarts share a store.
+"""A private name in the launcher's store for each start of the ranks.
 
 torchrun keeps one store for all its restarts, and torch 2.13 writes the ranks' addresses into it
-under the same names each time: a restarted rank would find those of the dead. No number in the
-environment tells one start from another on every node (each agent counts its own restarts). So the
-living find each other first, and then use names of their own.
+under the same keys each time, so a restarted rank would read the addresses of dead ranks. No
+number in the environment tells one start from another on every node, since each agent counts its
+own restarts. The ranks that are alive therefore agree on a name, and use the store under that name.
 """
 
 import json
-import os
 import time
 import uuid
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
-_PAUSE = 0.05
+_PAUSE_SECONDS = 0.05
 
 
-def store_of_this_start(timeout: timedelta) -> dist.Store | None:
-    """Under a torchrun that shares its store: that store, under a name which only the processes of
-    this start know. None otherwise. Collective.
+def store_of_this_start(shared: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Return the part of the shared store that only the ranks of this start use. Collective.
 
     Raises:
-        RuntimeError: not every rank came in time, or the store cannot be reached.
+        RuntimeError: not every rank came within the timeout, or the store cannot be reached.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    shared = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-    names = _call_roll(dist.PrefixStore("cnsdiff-roll", shared), rank, size, timeout)
-    return dist.PrefixStore(f"cnsdiff-start-{names}", shared)
+    name = _agree_on_name(dist.PrefixStore("cnsdiff-rendezvous", shared), rank, size, timeout)
+    return dist.PrefixStore(f"cnsdiff-start-{name}", shared)
 
 
-def _call_roll(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
-    """Every rank says a word that nobody said before. Rank 0 reads out the words it has heard; who
-    hears his own answers; once all have answered to one reading, it holds.
+def _agree_on_name(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
+    """Return the name that all living ranks acknowledge.
 
-    The words of dead ranks are still in the store: a reading with one of them in it is never
-    answered by all, and rank 0 reads again when a living rank has spoken over it.
+    Each rank writes a new random token. Rank 0 publishes a roster: a new name and the token of
+    every rank. A rank that finds its own token in the roster acknowledges the roster's name, which
+    holds once all ranks have acknowledged it.
+
+    The tokens of dead ranks are still in the store. A roster with one of them is never
+    acknowledged by all, and rank 0 publishes another when a living rank has overwritten the token.
     """
-    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
-    store.set(f"word-{rank}", mine)
-    answered = ""
+    token, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    store.set(f"token-{rank}", token)
+    acknowledged = ""
     while time.monotonic() < deadline:
         if rank == 0:
-            _read_out(store, size)
-        if store.check(["reading"]):
-            reading = json.loads(store.get("reading"))
-            if len(reading["words"]) == size and reading["words"][rank] == mine:
-                name = str(reading["name"])
-                if name != answered:
-                    store.set(f"answer-{name}-{rank}", "here")
-                    answered = name
-                if store.check([f"answer-{name}-{other}" for other in range(size)]):
-                    return name
-        time.sleep(_PAUSE)
+            _publish_roster(store, size)
+        roster = _roster(store)
+        if roster and len(roster["tokens"]) == size and roster["tokens"][rank] == token:
+            name = str(roster["name"])
+            if name != acknowledged:
+                store.set(f"acknowledged-{name}-{rank}", "yes")
+                acknowledged = name
+            if store.check([f"acknowledged-{name}-{other}" for other in range(size)]):
+                return name
+        time.sleep(_PAUSE_SECONDS)
     raise RuntimeError(f"of {size} ranks, not all came within {timeout.total_seconds():g} s")
 
 
-def _read_out(store: dist.Store, size: int) -> None:
-    keys = [f"word-{rank}" for rank in range(size)]
+def _publish_roster(store: dist.Store, size: int) -> None:
+    """Write a roster of the tokens that are in the store, unless the last one lists the same."""
+    keys = [f"token-{rank}" for rank in range(size)]
     if not store.check(keys):
         return
-    words = [word.decode() for word in store.multi_get(keys)]
-    if not store.check(["reading"]) or json.loads(store.get("reading"))["words"] != words:
-        store.set("reading", json.dumps({"name": uuid.uuid4().hex, "words": words}))
+    tokens = [token.decode() for token in store.multi_get(keys)]
+    published = _roster(store)
+    if published is None or published["tokens"] != tokens:
+        store.set("roster", json.dumps({"name": uuid.uuid4().hex, "tokens": tokens}))
+
+
+def _roster(store: dist.Store) -> dict[str, Any] | None:
+    return json.loads(store.get("roster")) if store.check(["roster"]) else None

@@ -1,6 +1,8 @@
-"""Shards the embedding tables. The only module that imports torchrec.distributed.
+"""The embedding tables, sharded over the ranks by TorchRec and updated by FBGEMM.
 
-Shapes: n looked-up rows of a table, D embedding dim.
+Besides ``cluster/table_placement.py``, no other module imports torchrec.distributed.
+
+Shapes: n looked-up rows of a table, R table rows of this rank, D embedding dimension.
 """
 
 from typing import Any
@@ -26,12 +28,12 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim import SGD, Adagrad, Adam, PartialRowWiseAdam, RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from cnsdiff_dist.config import Tables
-from cnsdiff_dist.distributed.embedding_tables import TABLES, embedding_tables, initial_rows
+from cnsdiff_dist.distributed.embedding_tables import TABLES, initial_rows, unallocated_tables
 from cnsdiff_dist.distributed.world import World, to_device
 from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.sections import Tables
 
-_ROWS = 1 << 16
+_ROWS_AT_A_TIME = 1 << 16
 _VIEWS = ("SplitWithSizesBackward0", "ViewBackward0", "UnsafeViewBackward0")
 _OPTIMIZERS = {
     "rowwise_adagrad": RowWiseAdagrad,
@@ -49,9 +51,15 @@ KERNELS = {
 class ShardedTables:
     """The user and item tables over all ranks, with FBGEMM's optimizer fused into backward.
 
-    The update happens inside ``backward``, so a step has one lookup and one backward.
-    TorchRec divides the gradient by the world size: with each rank's loss scaled to a mean
-    over the global batch, the tables see the gradient of that mean.
+    ``backward`` updates the tables, so a step has one lookup and one backward. TorchRec divides the
+    gradient by the world size: if each rank scales its loss to a mean over the global batch, the
+    tables see the gradient of that mean.
+
+    Args:
+        streams: the number of canonical streams, which every world size divides.
+
+    Raises:
+        UserError: the optimizer or the placement needs a GPU and there is none.
     """
 
     def __init__(
@@ -64,28 +72,15 @@ class ShardedTables:
         seed: int,
         world: World,
     ) -> None:
-        self.rows, self.dim, self._world = {"user": users, "item": items}, dim, world
-        self._lr = config.lr
+        self.rows, self.dim = {"user": users, "item": items}, dim
+        self._world, self._lr = world, config.lr
         _refuse_without_gpu(config, world)
-        collection = described(users, items, dim, config, streams)
-        on_cpu = world.device.type == "cpu"
-        sharder: Any = EmbeddingCollectionSharder(fused_params={USE_ONE_TBE_PER_TABLE: on_cpu})
-        plan = construct_module_sharding_plan(
-            collection, _layout(config, world.size), sharder=sharder, world_size=world.size,
-            local_size=world.local_size, device_type=world.device.type,
-        )  # fmt: skip
-        self._model = DistributedModelParallel(
-            collection,
-            env=ShardingEnv.from_process_group(dist.group.WORLD),
-            device=world.device,
-            plan=ShardingPlan(plan={"": plan}),
-            sharders=[sharder],
-            init_data_parallel=False,
-        )
-        if on_cpu:
+        collection = collection_to_shard(users, items, dim, config, streams)
+        self._model = _sharded(collection, config, world)
+        if world.device.type == "cpu":
             _pool_single_rows(self._model)
         if world.size == 1:
-            _keep_order(self._model)
+            _skip_permutation(self._model)
         self._initialise(config.init_std, seed)
 
     def _initialise(self, std: float, seed: int) -> None:
@@ -93,16 +88,22 @@ class ShardedTables:
             for shard in sharded.local_shards():
                 first_row, first_column = shard.metadata.shard_offsets
                 rows, columns = shard.metadata.shard_sizes
-                for at in range(0, rows, _ROWS):  # a piece at a time: a shard may fill the memory
-                    start, stop = first_row + at, first_row + min(at + _ROWS, rows)
-                    first = initial_rows(table, start, stop, self.dim, std, seed)
-                    part = first[:, first_column : first_column + columns]
-                    shard.tensor[at : at + _ROWS].detach().copy_(part)
+                for at in range(0, rows, _ROWS_AT_A_TIME):  # in pieces: the shard may fill the memory
+                    start = first_row + at
+                    stop = first_row + min(at + _ROWS_AT_A_TIME, rows)
+                    initial = initial_rows(table, start, stop, self.dim, std, seed)
+                    part = initial[:, first_column : first_column + columns]
+                    shard.tensor[at : at + _ROWS_AT_A_TIME].detach().copy_(part)
 
     def lookup(self, users: Tensor, items: Tensor) -> Tensor:
-        """Table rows of distinct ids in range, users first: int64 [n_u], [n_i] -> [n_u + n_i, D].
+        """Look up table rows, those of the users first. Collective.
 
-        Whoever makes the ids passes them through :meth:`refuse_out_of_range` first.
+        Args:
+            users, items: distinct ids, int64 [n_u] and [n_i]. The caller has checked them with
+                :meth:`refuse_out_of_range`.
+
+        Returns:
+            [n_u + n_i, D].
         """
         features = KeyedJaggedTensor(
             keys=list(TABLES),
@@ -110,27 +111,31 @@ class ShardedTables:
             lengths=to_device(torch.tensor([len(users), len(items)]), users.device),
         )
         found = self._model(features)
-        return _joined([found[table].values() for table in TABLES]).view(-1, self.dim)
+        return _concatenated([found[table].values() for table in TABLES]).view(-1, self.dim)
 
     @torch.no_grad()
     def own_rows(self, table: str) -> Tensor:
-        """The rows ``world.own(rows)`` of a table, float32 [R, D] on the host, however it is
-        sharded. Collective."""
-        own, device = self._world.own(self.rows[table]), self._world.device
+        """Return the rows ``world.own_rows(rows)`` of a table, float32 [R, D] on the host.
+
+        They are the same rows however the table is sharded. Collective.
+        """
+        own, device = self._world.own_rows(self.rows[table]), self._world.device
         found = torch.empty(len(own), self.dim)
         none = torch.empty(0, dtype=torch.int64, device=device)
-        for start in range(0, -(-self.rows[table] // self._world.size), _ROWS):
-            ids = own[start : start + _ROWS]  # may be none, but every rank must look
+        for start in range(0, -(-self.rows[table] // self._world.size), _ROWS_AT_A_TIME):
+            ids = own[start : start + _ROWS_AT_A_TIME]  # perhaps none: lookup is collective
             rows = torch.arange(ids.start, ids.stop, device=device)
             both = (rows, none) if table == "user" else (none, rows)
             found[start : start + len(ids)] = self.lookup(*both)
         return found
 
     def refuse_out_of_range(self, table: str, ids: npt.NDArray[np.int64]) -> None:
-        """
+        """Check that ids are rows of the table; TorchRec would train another row, or hang.
+
+        The ids are on the host, so that the check does not wait for a device.
+
         Raises:
-            UserError: an id of these (on the host, so that no device is waited for) is not a
-                row of the table. TorchRec would train some other row, or hang.
+            UserError: an id is not a row of the table.
         """
         if len(ids) and (ids.min() < 0 or ids.max() >= self.rows[table]):
             raise UserError(f"{table} ids must lie in 0..{self.rows[table] - 1}")
@@ -140,18 +145,18 @@ class ShardedTables:
         optimizer = self._model.fused_optimizer
         for group in optimizer.param_groups:
             group["lr"] = self._lr * factor
-        optimizer.step()  # hands the rate to the kernels; the update is in backward
+        optimizer.step()  # only passes the rate to the kernels: the update is in backward
 
     def weights(self) -> dict[str, Any]:
-        """Table name -> ShardedTensor [rows, D], sharing memory with the live table."""
+        """Return each table's ShardedTensor [rows, D]; it shares memory with the live table."""
         state = self._model.state_dict()
         return {table: state[f"embeddings.{table}.weight"] for table in TABLES}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: weights and optimizer state, all ShardedTensors.
+        """Return the weights and the optimizer state that a checkpoint holds, all ShardedTensors.
 
-        A rank lists the optimizer state of the tables it has rows of. Loading writes into
-        these same tensors in place.
+        A rank lists the optimizer state only of tables that it has rows of. Loading a checkpoint
+        writes into these tensors in place.
         """
         optimizer = {
             key: value
@@ -161,28 +166,54 @@ class ShardedTables:
         return {"weights": self.weights(), "optimizer": optimizer}
 
 
-def described(
+def collection_to_shard(
     users: int, items: int, dim: int, config: Tables, streams: int
 ) -> EmbeddingCollection:
-    """The tables on the meta device, with the optimizer that is fused into their backward.
+    """Describe the tables on the meta device, with the optimizer that is fused into backward.
 
-    Their rows are made a multiple of the streams: every world size divides those, so no rank is
-    without rows, and the padding, which nobody looks up, is the same at any world size.
+    The number of rows is rounded up to a multiple of the streams. Every world size divides the
+    streams, so every rank has rows, and the padding, which is never looked up, is the same at
+    any world size.
     """
     rows = [-(-count // streams) * streams for count in (users, items)]
-    collection = embedding_tables(rows[0], rows[1], dim, config)
-    options = {"lr": config.lr} if config.optimizer == "sgd" else {
-        "lr": config.lr, "eps": config.eps,
-    }  # fmt: skip
+    collection = unallocated_tables(rows[0], rows[1], dim, config)
+    options = {"lr": config.lr}
+    if config.optimizer != "sgd":
+        options["eps"] = config.eps
     apply_optimizer_in_backward(_OPTIMIZERS[config.optimizer], collection.parameters(), options)
     return collection
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """The parts one after the other, perhaps flat.
+def _sharded(
+    collection: EmbeddingCollection, config: Tables, world: World
+) -> DistributedModelParallel:
+    # _pool_single_rows needs a kernel per table.
+    fused_params = {USE_ONE_TBE_PER_TABLE: world.device.type == "cpu"}
+    sharder: Any = EmbeddingCollectionSharder(fused_params=fused_params)
+    plan = construct_module_sharding_plan(
+        collection,
+        _shardings(config, world.size),
+        sharder=sharder,
+        world_size=world.size,
+        local_size=world.local_size,
+        device_type=world.device.type,
+    )
+    return DistributedModelParallel(
+        collection,
+        env=ShardingEnv.from_process_group(dist.group.WORLD),
+        device=world.device,
+        plan=ShardingPlan(plan={"": plan}),
+        sharders=[sharder],
+        init_data_parallel=False,
+    )
 
-    TorchRec splits one tensor among the tables. To join its parts again would copy it, and later
-    its gradient: a tenth of a step.
+
+def _concatenated(parts: list[Tensor]) -> Tensor:
+    """Return the tables' rows one after the other, without a copy where that is possible.
+
+    TorchRec splits one tensor among the tables. To concatenate the parts again would copy the
+    tensor and, in backward, its gradient, which is a tenth of a step. If the parts lie in the
+    split tensor one after the other, that tensor is returned; it may be flat.
     """
     whole, end = parts[0]._base, 0
     if whole is None:
@@ -190,15 +221,18 @@ def _joined(parts: list[Tensor]) -> Tensor:
     for part in parts:
         if part._base is not whole or part.storage_offset() != end or not part.is_contiguous():
             return torch.cat(parts)
-        if not _only_viewed(part, whole):
+        if not _is_view_for_autograd(part, whole):
             return torch.cat(parts)
         end += part.numel()
     return whole if end == whole.numel() else torch.cat(parts)
 
 
-def _only_viewed(part: Tensor, whole: Tensor) -> bool:
-    """Whether autograd, too, sees ``part`` as a part of ``whole``: between them are but views, and
-    no function with a backward of its own, such as an exchange between ranks."""
+def _is_view_for_autograd(part: Tensor, whole: Tensor) -> bool:
+    """Return whether only views lie between ``whole`` and ``part`` in the autograd graph.
+
+    A function with its own backward, such as an exchange between ranks, would be left out if
+    ``whole`` were used instead.
+    """
     node = part.grad_fn
     while node is not whole.grad_fn:
         if node is None or node.name() not in _VIEWS:
@@ -208,28 +242,31 @@ def _only_viewed(part: Tensor, whole: Tensor) -> bool:
 
 
 def _pool_single_rows(model: DistributedModelParallel) -> None:
-    """Have FBGEMM's CPU kernels sum bags of one row instead of looking rows up one by one.
+    """Have FBGEMM's CPU kernels sum bags of one row instead of looking up single rows.
 
-    The numbers are the same. But its backward for single rows keeps each row's gradient in a
-    hash map of vectors: 5 us a row of a large table, against 0.6 us of the one for bags
-    (`python -m benchmarks.lookup`). Needs a table's kernel to itself: the outputs of bags of
-    several tables would lie side by side.
+    The results are the same. The backward for single rows keeps each row's gradient in a hash
+    map of vectors and takes 5 us for a row of a large table; the one for bags takes 0.6 us
+    (`python -m benchmarks.lookup`). Each table needs its own kernel, because the outputs for bags
+    of several tables would lie side by side.
     """
 
-    def a_bag_a_row(_: torch.nn.Module, args: tuple[()], kwargs: dict[str, Tensor]) -> Any:
+    def one_row_per_bag(_: torch.nn.Module, args: tuple[()], kwargs: dict[str, Tensor]) -> Any:
         indices = kwargs["indices"]
         return args, {**kwargs, "offsets": torch.arange(len(indices) + 1, dtype=indices.dtype)}
 
     sharded: Any = model.module
-    for lookup in sharded._lookups:  # no modules of the model: TorchRec keeps them in a list
+    for lookup in sharded._lookups:  # a plain list: TorchRec does not register these modules
         for kernel in (part.emb_module for part in lookup._emb_modules):
             kernel.pooling_mode = PoolingMode.SUM
-            kernel.register_forward_pre_hook(a_bag_a_row, with_kwargs=True)
+            kernel.register_forward_pre_hook(one_row_per_bag, with_kwargs=True)
 
 
-def _keep_order(model: DistributedModelParallel) -> None:
-    """Spare a world of one the permutation of rows from their owners' order into that of the ids:
-    with one owner the two are the same, but each way it costs a copy, and backward a scatter."""
+def _skip_permutation(model: DistributedModelParallel) -> None:
+    """Skip the permutation of the rows from their owners' order to that of the ids.
+
+    In a world of one rank both orders are the same, but the permutation costs a copy in forward
+    and in backward, and in backward also a scatter.
+    """
     sharded: Any = model.module
     compute = sharded.compute_and_output_dist
 
@@ -253,7 +290,7 @@ def _refuse_without_gpu(config: Tables, world: World) -> None:
         raise UserError(f"tables.placement={config.placement} needs a GPU; on a CPU use device")
 
 
-def _layout(config: Tables, world_size: int) -> dict[str, Any]:
+def _shardings(config: Tables, world_size: int) -> dict[str, Any]:
     kernel = KERNELS[config.placement]
     if config.sharding == "row_wise":
         return {table: row_wise(compute_kernel=kernel) for table in TABLES}

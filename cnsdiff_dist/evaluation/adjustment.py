@@ -1,10 +1,10 @@
-"""The environment put back at scoring: s(u, i) + alpha log p_env(i) (backdoor adjustment).
+"""Popularity put back into the score: s(u, i) + alpha log p_env(i) (backdoor adjustment).
 
-An objective that takes popularity out learns log p(i|u) / p(i); the environment in which lists
-will be shown comes back as one more dimension of the vectors, so that the same dot product,
-and any index built on it, serves the adjusted score.
+A debiasing objective learns log p(i|u) / p(i). This module adds the popularity of the environment
+where the lists will be shown, as one more dimension of the vectors: the adjusted score stays a
+dot product, and an index over the vectors still serves it.
 
-Shapes: U users, I items, D embedding dim, R this rank's own items.
+Shapes: U users, I items, R items that this rank owns, D embedding dimension.
 """
 
 import json
@@ -28,16 +28,17 @@ from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.distributed.world import World
 from cnsdiff_dist.errors import UserError
 
-Counts = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float64]
 _FILE = "calibration.json"
-_REFINED = 1 / 16  # the step of the last search
+_FINEST_STEP = 1 / 16  # of the search for alpha
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What ``cnsdiff calibrate`` found; ``exposure`` is the URL of the table, None for train.
+    """What ``cnsdiff calibrate`` found for the checkpoint at ``step``.
 
-    ``curve`` has one entry per alpha tried: ``alpha`` and ``metrics``.
+    ``exposure`` is the URL of the exposure table, None for the train split. ``curve`` has one
+    entry per alpha tried: ``alpha`` and ``metrics``.
     """
 
     alpha: float
@@ -51,8 +52,10 @@ class Calibration:
 def adjusted(
     user_UD: Tensor, item_ID: Tensor, alpha: float, log_p_I: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """[U, D + 1] and [I, D + 1] whose dot product is s(u, i) + alpha log p(i), of any users and
-    items; as they are for alpha 0 or without p."""
+    """Vectors [U, D + 1] and [I, D + 1] whose dot product is s(u, i) + alpha log p(i).
+
+    Any subset of users and items will do. The vectors are unchanged if alpha is 0 or p is None.
+    """
     if alpha == 0 or log_p_I is None:
         return user_UD, item_ID
     one_U1 = torch.ones_like(user_UD[:, :1])
@@ -60,63 +63,75 @@ def adjusted(
 
 
 def log_p_train(graph: GraphArrays, world: World) -> Tensor:
-    """log p(i) of the train split, each item counted once more than it occurs, float32 [R]."""
-    own = world.own(graph.items)
+    """log p(i) of the train split with add-one smoothing, float32 [R]."""
+    own = world.own_rows(graph.items)
     degree = graph.item_degree(np.arange(own.start, own.stop))
-    return _log_share(degree, len(graph.user_items), graph.items)
+    return _smoothed_log_share(degree, len(graph.user_items), graph.items)
 
 
 def log_p_exposure(url: str, data_url: str, manifest: Manifest, world: World) -> Tensor:
-    """The same of a Parquet or CSV table with columns ``item`` (raw id) and ``weight`` >= 0.
+    """log p(i) of an exposure table with add-one smoothing, float32 [R].
+
+    Args:
+        url: a Parquet or CSV table with columns ``item`` (raw id) and ``weight`` >= 0.
 
     Raises:
-        UserError: it cannot be read, lacks a column, has a weight that is no number or an id
-            that is not an item of the dataset.
+        UserError: the table cannot be read, lacks a column, has a weight that is no number or an
+            id that is not an item of the dataset.
     """
     where = storage.display(url)
+    raw_ids, weights = _read_exposure(url)
+    ids = read_ids(data_url, manifest, "items")["id"].to_pylist()
+    row_of = {str(identity): row for row, identity in enumerate(ids)}
+    counts_I = np.zeros(manifest.items)
+    for line, (identity, weight) in enumerate(zip(raw_ids, weights, strict=True), start=1):
+        if identity not in row_of:
+            raise UserError(f"{where} row {line}: {identity!r} is not an item of this dataset")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"{where} row {line}: weight {weight} is not a number of 0 or more")
+        counts_I[row_of[identity]] += weight
+    own = world.own_rows(manifest.items)
+    return _smoothed_log_share(counts_I[own.start : own.stop], float(counts_I.sum()), len(counts_I))
+
+
+def _read_exposure(url: str) -> tuple[list[str], Floats]:
     try:
         with storage.open_read(url) as file:
             read = pq.read_table if url.endswith(".parquet") else pyarrow.csv.read_csv
             table = read(file)
-        raw = [str(value) for value in table["item"].to_pylist()]
-        weight = table["weight"].cast(pa.float64()).to_numpy()
+        raw_ids = [str(value) for value in table["item"].to_pylist()]
+        return raw_ids, table["weight"].cast(pa.float64()).to_numpy()
     except (pa.ArrowException, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
+        where = storage.display(url)
         raise UserError(f"{where}: not a table of item and weight: {reason}") from None
-    ids = read_ids(data_url, manifest, "items")["id"].to_pylist()
-    row_of = {str(identity): row for row, identity in enumerate(ids)}
-    counts = np.zeros(manifest.items)
-    for line, (identity, value) in enumerate(zip(raw, weight, strict=True), start=1):
-        if identity not in row_of:
-            raise UserError(f"{where} row {line}: {identity!r} is not an item of this dataset")
-        if not (math.isfinite(value) and value >= 0):
-            raise UserError(f"{where} row {line}: weight {value} is not a number of 0 or more")
-        counts[row_of[identity]] += value
-    own = world.own(manifest.items)
-    return _log_share(counts[own.start : own.stop], float(counts.sum()), manifest.items)
 
 
-def _log_share(counts: Counts, total: float, items: int) -> Tensor:
-    return torch.from_numpy(np.log((counts + 1) / (total + items))).float()
+def _smoothed_log_share(counts_R: npt.NDArray[Any], total: float, items: int) -> Tensor:
+    return torch.from_numpy(np.log((counts_R + 1) / (total + items))).float()
 
 
 def fit_alpha(
     evaluate: Callable[[float], dict[str, float]], metric: str, grid: list[float]
 ) -> tuple[float, list[dict[str, Any]]]:
-    """The alpha with the best ``metric``: a grid, then halving steps around its best.
+    """Find the alpha with the best ``metric``: try a grid, then halve the step around its best.
 
-    Of equals the one nearest to 0. Returns it and the curve, by ascending alpha.
+    Args:
+        evaluate: the metrics under an alpha.
+
+    Returns:
+        The best alpha, of equals the one nearest to 0, and the curve by ascending alpha.
     """
     found: dict[float, dict[str, float]] = {}
 
-    def look(alphas: list[float]) -> float:
+    def best_with(alphas: list[float]) -> float:
         found.update({a: evaluate(a) for a in alphas if a not in found})
         return max(found, key=lambda a: (found[a][metric], -abs(a), a))
 
-    best = look(sorted(set(grid)))
+    best = best_with(sorted(set(grid)))
     step = min((b - a for a, b in zip(sorted(grid), sorted(grid)[1:])), default=0.0) / 2
-    while step >= _REFINED:
-        best = look([best - step, best + step])
+    while step >= _FINEST_STEP:
+        best = best_with([best - step, best + step])
         step /= 2
     return best, [{"alpha": a, "metrics": found[a]} for a in sorted(found)]
 
@@ -126,10 +141,10 @@ def write_calibration(run_url: str, calibration: Calibration) -> None:
 
 
 def read_calibration(run_url: str, step: int) -> Calibration | None:
-    """The calibration of a run's checkpoint, None if it has none.
+    """The calibration of the run's checkpoint at ``step``; None if the run has no calibration.
 
     Raises:
-        UserError: it is of another checkpoint, or damaged.
+        UserError: it belongs to another checkpoint, or is damaged.
     """
     path = f"{run_url}/{_FILE}"
     if not storage.exists(path):

@@ -1,6 +1,6 @@
-"""Metrics of a split from the full ranking of every item for each of its users.
+"""Metrics of a split: rank every item for each user of the split, and count.
 
-Shapes: R own rows of a rank, D embedding dim.
+Shapes: R rows that this rank owns, D embedding dimension, E environments.
 """
 
 from typing import Any
@@ -10,31 +10,36 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cnsdiff_dist.config import Evaluation
 from cnsdiff_dist.data.dataset import read_split
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.distributed.world import World
 from cnsdiff_dist.errors import UserError
-from cnsdiff_dist.evaluation.metrics import METRICS, RankingSums
-from cnsdiff_dist.evaluation.top_k import ExactSearch, owned, rank
+from cnsdiff_dist.evaluation.metrics import RankingSums
+from cnsdiff_dist.evaluation.top_k import ExactSearch, top_k_lists, users_of_rank
+from cnsdiff_dist.sections import Evaluation
 
 
 class Evaluator:
-    """Evaluates one split; reads it once.
+    """Evaluates one split, which it reads once.
 
-    What a user is already known to like is not recommended again: train items are masked,
-    and for a test split the validation items too.
+    Items that a user is already known to like are masked: train items and, on a test split, the
+    validation items.
 
     Raises:
         UserError: the dataset has no such split, or it is empty.
     """
 
     def __init__(
-        self, url: str, manifest: Manifest, graph: GraphArrays, split: str, config: Evaluation,
+        self,
+        url: str,
+        manifest: Manifest,
+        graph: GraphArrays,
+        split: str,
+        config: Evaluation,
         world: World,
-    ) -> None:  # fmt: skip
+    ) -> None:
         shape = (manifest.users, manifest.items)
         self.split, self._manifest, self._config, self._world = split, manifest, config, world
         self._relevant = Interactions.from_pairs(*read_split(url, manifest, split), shape)
@@ -46,70 +51,81 @@ class Evaluator:
         users = np.flatnonzero(np.diff(self._relevant.indptr))
         if not len(users):
             raise UserError(f"split {split} is empty; choose another with --split")
-        self._graph, self._users = graph, owned(users, manifest.users, world)
+        self._graph, self._users = graph, users_of_rank(users, manifest.users, world)
 
     def __call__(
         self, user_RD: Tensor, item_RD: Tensor, offset_R: Tensor | None = None
     ) -> dict[str, Any]:
-        """Metrics of the split, the same on every rank, by each rank's own vectors and what is
-        added to the scores of its items. Collective.
+        """Return the metrics of the split, the same on every rank. Collective.
+
+        Args:
+            user_RD: vectors of the users that this rank owns.
+            item_RD: vectors of the items that this rank owns.
+            offset_R: added to the scores of these items.
 
         Returns:
-            ``users``, ``masked``, ``metrics`` and one entry per environment, least popular
-            first, in ``environments``.
+            ``split``, ``masked``, ``users``, ``metrics`` and, in ``environments``, one entry per
+            environment, least popular first.
         """
-        return self.detailed(user_RD, item_RD, offset_R)[0]
+        return self.with_user_values(user_RD, item_RD, offset_R)[0]
 
-    def detailed(
+    def with_user_values(
         self, user_RD: Tensor, item_RD: Tensor, offset_R: Tensor | None = None
     ) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-        """The same, and of this rank's users the columns ``user`` (row) and every metric."""
-        manifest, own = self._manifest, self._world.own(self._manifest.items)
-        own_degree = self._graph.item_degree(np.arange(own.start, own.stop))
-        own_environment = manifest.environment_of(own_degree)
-        sums = RankingSums(self._config.k, manifest.environments, own_degree)
-        search = ExactSearch(
-            item_RD, own, self._masks, min(max(self._config.k), manifest.items), offset_R
-        )
-        chunk = self._config.users_per_chunk
-        for found in rank(user_RD, self._users, search, chunk, manifest.users, self._world):
-            relevant_row, relevant_item = self._relevant.of(found.users)
-            environment = manifest.environment_of(self._graph.item_degree(relevant_item))
-            sums.add(found.items, relevant_row, relevant_item, environment, manifest.items)
-            sums.recommend(found.everyones - own.start)
-        values = np.concatenate([np.empty((0, len(sums.ks), len(METRICS))), *sums.per_user])
-        columns: dict[str, npt.NDArray[Any]] = {"user": self._users}
-        for index, k in enumerate(sums.ks):
-            columns |= {f"{name}@{k}": values[:, index, m] for m, name in enumerate(METRICS)}
-        counts = np.bincount(own_environment, minlength=manifest.environments)
-        total = self._sum(np.concatenate([sums.to_vector(), counts]))
-        sums.load(total[: -len(counts)])
-        edges = [0, *manifest.environment_edges, None]
+        """Return the metrics as :meth:`__call__` does, and a table of this rank's users with the
+        columns ``user`` (table row) and every metric. Collective."""
+        own = self._world.own_rows(self._manifest.items)
+        degree_R = self._graph.item_degree(np.arange(own.start, own.stop))
+        sums = RankingSums(self._config.k, self._manifest.environments, degree_R)
+        self._rank_users(sums, user_RD, item_RD, offset_R)
+        columns = {"user": self._users, **sums.user_values()}
+        item_counts_E = self._sum_over_ranks(sums, degree_R)
         result = {
             "split": self.split,
             "masked": self.masked,
             "users": int(sums.users[0]),
-            "metrics": sums.result(manifest.items),
-            "environments": [
-                {
-                    "environment": e,
-                    "train_degree": [edges[e], edges[e + 1]],
-                    "items": int(total[len(total) - len(counts) + e]),
-                    **entry,
-                }
-                for e, entry in enumerate(sums.by_environment())
-            ],
+            "metrics": sums.result(self._manifest.items),
+            "environments": self._environments(sums, item_counts_E),
         }
         return result, columns
 
-    def _sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        summed = self._world.sum(torch.from_numpy(values).to(self._world.device))
-        out: npt.NDArray[np.float64] = summed.cpu().numpy()
-        return out
+    def _rank_users(
+        self, sums: RankingSums, user_RD: Tensor, item_RD: Tensor, offset_R: Tensor | None
+    ) -> None:
+        manifest, own = self._manifest, self._world.own_rows(self._manifest.items)
+        k = min(max(self._config.k), manifest.items)
+        search = ExactSearch(item_RD, own, self._masks, k, offset_R)
+        chunk = self._config.users_per_chunk
+        for lists in top_k_lists(user_RD, self._users, search, chunk, manifest.users, self._world):
+            row, item = self._relevant.of(lists.users)
+            environment = manifest.environment_of(self._graph.item_degree(item))
+            sums.add_users(lists.items, row, item, environment, manifest.items)
+            sums.add_recommendations(lists.items_of_all_ranks - own.start)
+
+    def _sum_over_ranks(self, sums: RankingSums, degree_R: npt.NDArray[np.int64]) -> list[int]:
+        """Load the sums of all ranks into ``sums``; return the number of items by environment."""
+        environments = self._manifest.environments
+        own_counts_E = np.bincount(self._manifest.environment_of(degree_R), minlength=environments)
+        vector = torch.from_numpy(np.concatenate([sums.to_vector(), own_counts_E]))
+        total = self._world.sum(vector.to(self._world.device)).cpu().numpy()
+        sums.load_vector(total[:-environments])
+        return [int(count) for count in total[-environments:]]
+
+    def _environments(self, sums: RankingSums, item_counts_E: list[int]) -> list[dict[str, Any]]:
+        edges = [0, *self._manifest.environment_edges, None]
+        return [
+            {
+                "environment": e,
+                "train_degree": [edges[e], edges[e + 1]],
+                "items": item_counts_E[e],
+                **means,
+            }
+            for e, means in enumerate(sums.by_environment())
+        ]
 
 
 def masked_splits(manifest: Manifest, split: str) -> list[str]:
-    """Train, and for a test split the validation splits there are."""
+    """The splits whose pairs are masked on ``split``: train, and validation on a test split."""
     validation = ["valid_iid", "valid_ood"] if split.startswith("test") else []
     return ["train", *(name for name in validation if name in manifest.splits)]
 

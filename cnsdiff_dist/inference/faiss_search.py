@@ -1,10 +1,11 @@
-"""Top-K lists through an inverted index of faiss: most of the best items without scoring all.
+"""Approximate top-K lists with an inverted index of faiss, which does not score every item.
 
-Each rank indexes the items that it owns: k-means cells, of which a search visits the few whose
-centres score best with the user. How many is found by trying, on some users, until the lists have
-the wanted share of the exact ones.
+Each rank indexes the items that it owns in k-means cells. A search visits only the cells whose
+centres score best with the user. :meth:`ApproximateSearch.tune` chooses how many: it tries some
+users and visits more cells until the lists hold the wanted share of the exact lists' items.
 
-Shapes: E users of everybody's chunks, R own items, D embedding dim, K list length.
+Shapes: A users of all ranks in one round, R items that this rank owns, D embedding dimension, K
+list length.
 """
 
 import math
@@ -17,96 +18,115 @@ import torch
 from torch import Tensor
 
 from cnsdiff_dist.errors import UserError
-from cnsdiff_dist.evaluation.top_k import MASKED, ExactSearch, Ids
+from cnsdiff_dist.evaluation.top_k import MASKED_SCORE, ExactSearch, Ids
 
-_POINTS = 64  # items per cell that k-means sees
-_DEARER = 8  # an item of a visited cell, than one of a matrix product (docs/benchmarks.md)
-_MASKED_PER_K = 8  # items at most of a user who is worth an index: it finds as many more than K
+# On average a cell holds at least this many items, and k-means sees at most as many per cell.
+_ITEMS_PER_CELL = 64
+# What an item of a visited cell costs relative to one of a matrix product (docs/benchmarks.md).
+_COST_OF_VISITED_ITEM = 8
+# A user who masks more than this many items per item of a list gets an exact list, because an index
+# must find the masked items besides the K best.
+_MASKED_PER_K = 8
 
 
-def recall_sums(found_EK: Ids, exact_EK: Ids) -> tuple[int, int]:
-    """How many of the exact lists' items, -1 where there is none, the others have, and of how
-    many."""
-    hits = [len(np.intersect1d(a[a >= 0], b)) for a, b in zip(exact_EK, found_EK, strict=True)]
-    return sum(hits), int((exact_EK >= 0).sum())
+def recall_sums(found_AK: Ids, exact_AK: Ids) -> tuple[int, int]:
+    """Count the items of the exact lists that the other lists hold, and all items of the exact
+    lists. -1 stands for no item."""
+    pairs = zip(exact_AK, found_AK, strict=True)
+    hits = [len(np.intersect1d(exact[exact >= 0], found)) for exact, found in pairs]
+    return sum(hits), int((exact_AK >= 0).sum())
 
 
 class ApproximateSearch:
-    """A :data:`Search` like the exact one, whose items it indexes; :meth:`tune` it first.
+    """A :data:`Search` with an index of the items of an exact one. Tune it before use.
 
-    Holds the rank's vectors once more, on the host. Users whose lists an index would not fill, or
-    not cheaply, since they mask much of what it finds, get exact ones.
+    The index holds the rank's vectors a second time, on the host. It serves users with few masked
+    items. The others, and users whose lists it does not fill, get exact lists.
+
+    Args:
+        wanted: the share of the exact lists' items to find.
+
+    Attributes:
+        scores_all: True where the index does not pay, so that every item is scored.
     """
 
     def __init__(self, exact: ExactSearch, wanted: float) -> None:
         self._exact, self._wanted = exact, wanted
-        self._index = _indexed(exact.item_RD.float().cpu().numpy())
+        self._index = _build_index(exact.item_RD.float().cpu().numpy())
         self.scores_all = False
 
-    def tune(self, user_ED: Tensor, users: Ids) -> tuple[Tensor, Tensor]:
-        """Visit as many more cells as these users need; if that is no cheaper than to score every
-        item, do that from now on. A :data:`Search` itself: of their lists."""
-        light = np.flatnonzero(self._light(users, self._masked(users)))
-        self.scores_all = 2 * len(light) < int((users >= 0).sum())
-        vectors, some = user_ED[torch.from_numpy(light)], users[light]
-        exact_EK = _listed(*self._exact(vectors, some))
+    def tune(self, user_AD: Tensor, users: Ids) -> tuple[Tensor, Tensor]:
+        """Visit as many cells as these users need, and return their lists, as a :data:`Search`.
+
+        If that is no cheaper than to score every item, every item is scored from now on.
+        """
+        served = np.flatnonzero(self._is_served(users, self._masked_counts(users)))
+        self.scores_all = 2 * len(served) < int((users >= 0).sum())
+        vectors, some = user_AD[torch.from_numpy(served)], users[served]
+        exact_AK = _listed_items(*self._exact(vectors, some))
         while not self.scores_all:
-            hits, of = recall_sums(_listed(*self._visit(vectors, some)), exact_EK)
-            if hits >= self._wanted * of:
+            found_AK = _listed_items(*self._search_index(vectors, some))
+            hits, total = recall_sums(found_AK, exact_AK)
+            if hits >= self._wanted * total:
                 break
             self._index.nprobe *= 2
-            self.scores_all = self._index.nprobe * _DEARER > self._index.nlist
-        return self(user_ED, users)
+            self.scores_all = self._index.nprobe * _COST_OF_VISITED_ITEM > self._index.nlist
+        return self(user_AD, users)
 
-    def __call__(self, user_ED: Tensor, users: Ids) -> tuple[Tensor, Tensor]:
+    def __call__(self, user_AD: Tensor, users: Ids) -> tuple[Tensor, Tensor]:
         if self.scores_all:
-            return self._exact(user_ED, users)
-        score_EK = user_ED.new_full((len(users), self._exact.k), -torch.inf)
-        item_EK = torch.zeros_like(score_EK, dtype=torch.int64)
-        masked = self._masked(users)
-        light = np.flatnonzero(self._light(users, masked))
-        place = torch.from_numpy(light)
-        score_EK[place], item_EK[place] = self._visit(user_ED[place], users[light])
-        there = np.minimum(self._exact.k, len(self._exact.own) - masked)
-        short = np.flatnonzero((users >= 0) & ((score_EK > MASKED).sum(1).cpu().numpy() < there))
+            return self._exact(user_AD, users)
+        score_AK = user_AD.new_full((len(users), self._exact.k), -torch.inf)
+        item_AK = torch.zeros_like(score_AK, dtype=torch.int64)
+        masked = self._masked_counts(users)
+        served = np.flatnonzero(self._is_served(users, masked))
+        place = torch.from_numpy(served)
+        score_AK[place], item_AK[place] = self._search_index(user_AD[place], users[served])
+        full = np.minimum(self._exact.k, len(self._exact.own) - masked)
+        listed = (score_AK > MASKED_SCORE).sum(1).cpu().numpy()
+        short = np.flatnonzero((users >= 0) & (listed < full))
         if len(short):
             place = torch.from_numpy(short)
-            score_EK[place], item_EK[place] = self._exact(user_ED[place], users[short])
-        return score_EK, item_EK
+            score_AK[place], item_AK[place] = self._exact(user_AD[place], users[short])
+        return score_AK, item_AK
 
-    def _masked(self, users: Ids) -> Ids:
-        """How many of this rank's items each user masks."""
-        return np.bincount(self._exact.masked(users)[0], minlength=len(users))
+    def _masked_counts(self, users: Ids) -> Ids:
+        """Count the items of this rank that each user masks, [A]."""
+        return np.bincount(self._exact.masked_pairs(users)[0], minlength=len(users))
 
-    def _light(self, users: Ids, masked: Ids) -> npt.NDArray[np.bool_]:
+    def _is_served(self, users: Ids, masked: Ids) -> npt.NDArray[np.bool_]:
+        """Whether the index serves each user, who masks ``masked`` items, bool [A]."""
         return (users >= 0) & (masked <= _MASKED_PER_K * self._exact.k)
 
-    def _visit(self, user_ED: Tensor, users: Ids) -> tuple[Tensor, Tensor]:
-        """What the index finds for users who mask little: perhaps fewer than K items."""
+    def _search_index(self, user_AD: Tensor, users: Ids) -> tuple[Tensor, Tensor]:
+        """Search the index for users whom it serves. Their lists may have fewer than K items."""
         k, own = self._exact.k, self._exact.own
-        row, item = self._exact.masked(users)
-        most = np.bincount(row, minlength=1).max()
-        width = min(k + int(most), len(own))
-        score_EK = np.full((len(users), k), -np.inf, np.float32)
-        item_EK = np.zeros((len(users), k), np.int64)
+        row, item = self._exact.masked_pairs(users)
+        most_masked = np.bincount(row, minlength=1).max()
+        width = min(k + int(most_masked), len(own))
+        score_AK = np.full((len(users), k), -np.inf, np.float32)
+        item_AK = np.zeros((len(users), k), np.int64)
         if len(users) and width:
-            scores, items = self._index.search(user_ED.float().cpu().numpy(), width)
-            place = np.arange(len(users))[:, None] * len(own) + items
-            none = (items < 0) | np.isin(place, row * len(own) + item)
-            scores[none] = -np.inf
-            best = np.argsort(none, axis=1, kind="stable")[:, :k]  # they are sorted already
-            score_EK[:, : best.shape[1]] = np.take_along_axis(scores, best, 1)
-            item_EK[:, : best.shape[1]] = np.take_along_axis(items, best, 1) + own.start
-        device = user_ED.device
-        return torch.from_numpy(score_EK).to(device), torch.from_numpy(item_EK).to(device)
+            scores, items = self._index.search(user_AD.float().cpu().numpy(), width)
+            pair = np.arange(len(users))[:, None] * len(own) + items
+            left_out = (items < 0) | np.isin(pair, row * len(own) + item)
+            scores[left_out] = -np.inf
+            # The index returns the best first, and a stable sort keeps that order.
+            best = np.argsort(left_out, axis=1, kind="stable")[:, :k]
+            score_AK[:, : best.shape[1]] = np.take_along_axis(scores, best, 1)
+            item_AK[:, : best.shape[1]] = np.take_along_axis(items, best, 1) + own.start
+        device = user_AD.device
+        return torch.from_numpy(score_AK).to(device), torch.from_numpy(item_AK).to(device)
 
 
-def _listed(score_EK: Tensor, item_EK: Tensor) -> Ids:
-    return item_EK.masked_fill(score_EK <= MASKED, -1).cpu().numpy()
+def _listed_items(score_AK: Tensor, item_AK: Tensor) -> Ids:
+    """Return the items of the lists, -1 where a list has no more."""
+    return item_AK.masked_fill(score_AK <= MASKED_SCORE, -1).cpu().numpy()
 
 
 def import_faiss() -> Any:
-    """
+    """Import faiss, which is an optional dependency.
+
     Raises:
         UserError: it is not installed.
     """
@@ -121,12 +141,12 @@ def import_faiss() -> Any:
     return faiss
 
 
-def _indexed(vector_RD: npt.NDArray[np.float32]) -> Any:
+def _build_index(vector_RD: npt.NDArray[np.float32]) -> Any:
     faiss, (rows, dim) = import_faiss(), vector_RD.shape
     faiss.omp_set_num_threads(torch.get_num_threads())
-    cells = max(min(4 * math.isqrt(rows), rows // _POINTS), 1)
+    cells = max(min(4 * math.isqrt(rows), rows // _ITEMS_PER_CELL), 1)
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
-    index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, _POINTS
+    index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, _ITEMS_PER_CELL
     if rows:
         index.train(vector_RD)
         index.add(vector_RD)

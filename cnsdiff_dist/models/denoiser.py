@@ -1,4 +1,7 @@
-"""The denoiser: an MLP that predicts z_0 from (z_t, t, condition). No dropout."""
+"""The denoiser: an MLP without dropout that predicts z_0 from (z_t, t, condition).
+
+Shapes: B rows of the batch, D dimension of a latent, T diffusion steps.
+"""
 
 import math
 
@@ -7,14 +10,14 @@ from torch import Tensor, nn
 
 
 class Denoiser(nn.Module):
-    """f(z_t, t, c) -> z_0 on standardised latents.
+    """Predicts z_0 on standardised latents: f(z_t, t, c) -> z_0.
 
     Args:
-        dim: latent dimension D.
+        dim: D.
         steps: T.
-        hidden: width of its two hidden layers.
-        environments: number of environments, 0 to leave the environment out.
-        user: whether the condition carries the user's latent.
+        hidden: the width of the two hidden layers.
+        environments: the number of environments; 0 leaves the environment out of the condition.
+        user: whether the condition has the user's latent.
     """
 
     def __init__(self, dim: int, steps: int, hidden: int, environments: int, user: bool) -> None:
@@ -31,19 +34,25 @@ class Denoiser(nn.Module):
         )
 
     def forward(self, zt_BD: Tensor, t_B: Tensor, user_BD: Tensor, environment_B: Tensor) -> Tensor:
-        """[B, D], int64 [B], [B, D], int64 [B] -> [B, D] in the dtype of ``zt_BD``."""
+        """Return the prediction [B, D] in the dtype of ``zt_BD``.
+
+        ``t_B`` and ``environment_B`` are int64.
+        """
         dtype = next(self.body.parameters()).dtype
-        where_BD = self.get_buffer("time_table")[t_B].to(dtype)
+        code_BD = self.get_buffer("time_table")[t_B].to(dtype)
         if self.environment is not None:
-            where_BD = where_BD + self.environment(environment_B)
-        parts = [zt_BD.to(dtype), where_BD]
+            code_BD = code_BD + self.environment(environment_B)
+        parts = [zt_BD.to(dtype), code_BD]
         if self.user is not None:
             parts.append(self.user(user_BD.to(dtype)))
         return self.body(torch.cat(parts, dim=1)).to(zt_BD.dtype)
 
 
 def sinusoids(steps: int, dim: int) -> Tensor:
-    """Transformer position codes of t = 0..T-1, float32 [T, D] (Vaswani et al. 2017)."""
+    """Return the Transformer's position codes of t = 0 .. T - 1, float32 [T, D].
+
+    Vaswani et al., "Attention Is All You Need", 2017.
+    """
     rate = torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000.0) / dim))
     angle = torch.arange(steps)[:, None] * rate
     return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :dim]

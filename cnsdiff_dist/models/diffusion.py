@@ -1,9 +1,10 @@
-"""Gaussian diffusion in latent space: small pure functions, noise is an argument.
+"""Gaussian diffusion in latent space, as pure functions that take their noise as an argument.
 
-Time runs over t = 0..T-1 (Ho et al., "Denoising Diffusion Probabilistic Models", 2020,
-counts 1..T); ``alpha_bar[t]`` is the signal kept at t, and t = T-1 is the noisiest.
+The equations are those of DDPM (Ho et al., "Denoising Diffusion Probabilistic Models", 2020).
+DDPM counts the steps 1 .. T; here t runs from 0 to T - 1. ``alpha_bar[t]`` is the share of the
+signal that is left at t, and t = T - 1 is the noisiest.
 
-Shapes: B batch, D latent dim, T steps.
+Shapes: B rows of the batch, D dimension of a latent, T diffusion steps, L noise levels.
 """
 
 import math
@@ -14,12 +15,17 @@ import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-"""(z_t [B, D], t int64 [B]) -> predicted z_0 [B, D]."""
+"""Predicts z_0 [B, D] from z_t [B, D] and t, int64 [B]."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Coefficients per t, each float32 [T]; ``previous`` is alpha_bar[t - 1], 1 at t = 0."""
+    """The coefficients of each t, float32 [T].
+
+    Attributes:
+        alpha_bar: the share of the signal that is left at t.
+        previous: alpha_bar[t - 1]; 1 at t = 0.
+    """
 
     alpha_bar: Tensor
     previous: Tensor
@@ -42,11 +48,11 @@ class Schedule:
 
 
 def make_schedule(kind: str, steps: int) -> Schedule:
-    """``cosine`` (Nichol and Dhariwal 2021, eq. 17), ``linear`` or ``linear-var``.
+    """Make a schedule of ``steps`` steps.
 
-    ``cosine`` and ``linear`` end in real noise (alpha_bar[T-1] below 0.05). ``linear-var``
-    is the published CNSDiff schedule (scale 0.1, min 1e-4, max 0.02), whose alpha_bar
-    ends at 0.998: kept for comparison only.
+    ``cosine`` (Nichol and Dhariwal 2021, eq. 17) and ``linear`` end in noise: alpha_bar[T - 1] is
+    below 0.05. ``linear-var`` is the schedule of the published CNSDiff code (scale 0.1, min 1e-4,
+    max 0.02). Its alpha_bar ends at 0.998, and it is here for comparison only.
     """
     t = torch.arange(1, steps + 1, dtype=torch.float64)
     if kind == "cosine":
@@ -65,57 +71,60 @@ def make_schedule(kind: str, steps: int) -> Schedule:
 
 
 def q_sample(z0_BD: Tensor, t_B: Tensor, noise_BD: Tensor, schedule: Schedule) -> Tensor:
-    """z_t ~ q(z_t | z_0) = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) noise (DDPM eq. 4)."""
-    alpha_bar = schedule.alpha_bar[t_B, None]
-    return alpha_bar.sqrt() * z0_BD + (1 - alpha_bar).sqrt() * noise_BD
+    """Sample from q(z_t | z_0): sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) noise (DDPM eq. 4)."""
+    alpha_bar_B1 = schedule.alpha_bar[t_B, None]
+    return alpha_bar_B1.sqrt() * z0_BD + (1 - alpha_bar_B1).sqrt() * noise_BD
 
 
 def q_posterior(
     z0_BD: Tensor, zt_BD: Tensor, t_B: Tensor, schedule: Schedule
 ) -> tuple[Tensor, Tensor]:
-    """Mean [B, D] and variance [B, 1] of q(z_(t-1) | z_t, z_0) (DDPM eq. 7)."""
-    alpha_bar, previous = schedule.alpha_bar[t_B, None], schedule.previous[t_B, None]
-    beta = 1 - alpha_bar / previous
-    mean_BD = (
-        previous.sqrt() * beta * z0_BD + (alpha_bar / previous).sqrt() * (1 - previous) * zt_BD
-    ) / (1 - alpha_bar)
-    return mean_BD, beta * (1 - previous) / (1 - alpha_bar)
+    """Return the mean [B, D] and variance [B, 1] of q(z_(t-1) | z_t, z_0) (DDPM eq. 7)."""
+    alpha_bar_B1, previous_B1 = schedule.alpha_bar[t_B, None], schedule.previous[t_B, None]
+    beta_B1 = 1 - alpha_bar_B1 / previous_B1
+    from_z0_BD = previous_B1.sqrt() * beta_B1 * z0_BD
+    from_zt_BD = (alpha_bar_B1 / previous_B1).sqrt() * (1 - previous_B1) * zt_BD
+    mean_BD = (from_z0_BD + from_zt_BD) / (1 - alpha_bar_B1)
+    return mean_BD, beta_B1 * (1 - previous_B1) / (1 - alpha_bar_B1)
 
 
 def p_sample(
     denoise: Denoise, zt_BD: Tensor, t_B: Tensor, schedule: Schedule, noise_BD: Tensor
 ) -> Tensor:
-    """One ancestral reverse step z_t -> z_(t-1); zero noise gives the posterior mean."""
-    mean_BD, variance = q_posterior(denoise(zt_BD, t_B), zt_BD, t_B, schedule)
-    return mean_BD + variance.sqrt() * noise_BD
+    """Take one ancestral reverse step z_t -> z_(t-1). Zero noise gives the posterior mean."""
+    mean_BD, variance_B1 = q_posterior(denoise(zt_BD, t_B), zt_BD, t_B, schedule)
+    return mean_BD + variance_B1.sqrt() * noise_BD
 
 
 def reverse_levels(
     denoise: Denoise, zt_BD: Tensor, levels: tuple[int, ...], schedule: Schedule
 ) -> Tensor:
-    """One deterministic reverse chain that yields a candidate at every noise level.
+    """Run one deterministic reverse chain and return its prediction of z_0 at every noise level.
 
-    Starts from z_t at the noisiest of ``levels`` (ascending, 1..T; level l is t = l - 1)
-    and walks down them with DDIM steps (Song et al. 2021, eq. 12, sigma = 0). The
-    prediction of z_0 at each level is that level's candidate: noisy levels know only the
-    condition, clean ones resemble the positive. One denoiser call per level.
+    The chain goes down the levels with DDIM steps (Song et al. 2021, eq. 12, sigma = 0) and calls
+    the denoiser once per level. A prediction from a noisy level knows only the condition; one from
+    a clean level resembles the positive.
+
+    Args:
+        zt_BD: z_t at the noisiest level.
+        levels: ascending, in 1 .. T; level l is t = l - 1.
 
     Returns:
-        [len(levels), B, D], the noisiest first.
+        The predictions [L, B, D], the noisiest level first.
     """
-    candidates = []
+    predictions = []
     descending = levels[::-1]
     for level, following in zip(descending, (*descending[1:], 0), strict=True):
         t_B = torch.full((len(zt_BD),), level - 1, device=zt_BD.device)
         z0_BD = denoise(zt_BD, t_B)
-        candidates.append(z0_BD)
+        predictions.append(z0_BD)
         if following:
             noise_BD = predicted_noise(z0_BD, zt_BD, t_B, schedule)
             zt_BD = q_sample(z0_BD, torch.full_like(t_B, following - 1), noise_BD, schedule)
-    return torch.stack(candidates)
+    return torch.stack(predictions)
 
 
 def predicted_noise(z0_BD: Tensor, zt_BD: Tensor, t_B: Tensor, schedule: Schedule) -> Tensor:
-    """The noise that q_sample would need to turn z_0 into z_t."""
-    alpha_bar = schedule.alpha_bar[t_B, None]
-    return (zt_BD - alpha_bar.sqrt() * z0_BD) / (1 - alpha_bar).sqrt()
+    """Return the noise with which :func:`q_sample` turns z_0 into z_t."""
+    alpha_bar_B1 = schedule.alpha_bar[t_B, None]
+    return (zt_BD - alpha_bar_B1.sqrt() * z0_BD) / (1 - alpha_bar_B1).sqrt()

@@ -1,9 +1,11 @@
-"""LightGCN over the whole graph, layer by layer, each rank for its own range of nodes.
+"""Exact LightGCN over the whole graph; each rank computes the output of the rows that it owns.
 
-Exact, on the host, in bounded memory: a rank holds its rows twice beside the tables, and a
-piece of the others' rows while it is multiplied. Every rank sees every row once per layer.
+The work is done on the host in bounded memory. Beside its tables a rank holds its rows twice, and
+one piece of the other ranks' rows while it multiplies with them. In each layer every rank receives
+every row once.
 
-Shapes: D embedding dim; R own rows of a side, C rows of a piece.
+Shapes: R rows of a table that this rank owns, O those of the other side of the graph, C rows of a
+piece of the other side, D embedding dimension.
 """
 
 import numpy as np
@@ -11,21 +13,26 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cnsdiff_dist.data.graph import GraphArrays, before
+from cnsdiff_dist.data.graph import GraphArrays, lower_bound
 from cnsdiff_dist.distributed.sharded_tables import ShardedTables
 from cnsdiff_dist.distributed.world import World
 from cnsdiff_dist.models.lightgcn import csr
 
 Places = npt.NDArray[np.int64]
-PIECE_BYTES = 1 << 28  # of the others' rows
-ROWS, EDGES = 1 << 16, 1 << 22  # multiplied at a time, at most
+PIECE_BYTES = 1 << 28
+"""The size of a piece of the other side's rows, at most."""
+ROWS, EDGES = 1 << 16, 1 << 22
+"""The rows and edges of one sparse product, at most."""
 
 
 @torch.no_grad()
 def propagate_own(
     tables: ShardedTables, graph: GraphArrays, layers: int, world: World
 ) -> tuple[Tensor, Tensor]:
-    """h = mean(H0..HL) of this rank's users and items, [R, D] each on the host. Collective."""
+    """Return the mean of H_0 .. H_layers of this rank's users and items. Collective.
+
+    Both are [R, D] on the host.
+    """
     out = [tables.own_rows("user"), tables.own_rows("item")]
     sides = [
         _Side(graph.user_indptr, graph.user_items, graph.items, world),
@@ -39,23 +46,26 @@ def propagate_own(
 
 
 def _layer(tables: ShardedTables, sides: list["_Side"], out: list[Tensor]) -> list[Tensor]:
-    """x + Â out (Horner, as in models/lightgcn.py). Scales ``out`` in place, which is done with;
-    a function of its own, so that no name of it outlives the layer and keeps the rows."""
+    """Return x + Â out, a step of Horner's scheme as in ``models/lightgcn.py``.
+
+    ``out`` is scaled in place, because it is not needed afterwards. This is a function so that its
+    loop variables do not keep the rows of a layer alive.
+    """
     for side, rows_RD in zip(sides, out, strict=True):
         rows_RD *= side.scale_R1
     new = [tables.own_rows("user"), tables.own_rows("item")]
-    for side, rows_RD, others in zip(sides, new, (out[1], out[0]), strict=True):
-        side.add_product(rows_RD, others)
+    for side, rows_RD, others_OD in zip(sides, new, (out[1], out[0]), strict=True):
+        side.add_product(rows_RD, others_OD)
     return new
 
 
 class _Side:
-    """This rank's rows of one direction of the graph."""
+    """One direction of the graph, from the rows of one side that this rank owns."""
 
     def __init__(
         self, indptr: Places, indices: npt.NDArray[np.integer], columns: int, world: World
     ) -> None:
-        own = world.own(len(indptr) - 1)
+        own = world.own_rows(len(indptr) - 1)
         self._indices, self._columns, self._world = indices, columns, world
         self._start = np.asarray(indptr[own.start : own.stop])
         self._stop = np.asarray(indptr[own.start + 1 : own.stop + 1])
@@ -63,41 +73,58 @@ class _Side:
         self.scale_R1 = degree.double().rsqrt().float()[:, None]
 
     def add_product(self, rows_RD: Tensor, others_OD: Tensor) -> None:
-        """rows += D^-1/2 A others, ``others`` being every rank's own, already scaled."""
+        """Add D^-1/2 A H to ``rows_RD``, where H is the other side's rows of all ranks.
+
+        Each rank gives the rows of H that it owns, already scaled, as ``others_OD``. Collective.
+        """
         world, dim = self._world, rows_RD.shape[1]
         step, cursor = max(PIECE_BYTES // (4 * dim), 1), self._start
         for source in range(world.size):
-            theirs = world.share(self._columns, source)
-            for first in range(theirs.start, theirs.stop, step):
-                size = min(step, theirs.stop - first)
+            owned = world.rows_of(source, self._columns)
+            for first in range(owned.start, owned.stop, step):
+                size = min(step, owned.stop - first)
                 if source == world.rank:
-                    piece_CD = others_OD[first - theirs.start :][:size]
+                    piece_CD = others_OD[first - owned.start :][:size]
                 else:
                     piece_CD = rows_RD.new_empty(size, dim)
-                world.spread(piece_CD, source)
+                world.broadcast_tensor(piece_CD, source)
                 cursor = self._add_piece(rows_RD, piece_CD, first, cursor)
 
     def _add_piece(self, rows_RD: Tensor, piece_CD: Tensor, first: int, cursor: Places) -> Places:
-        """Add the piece whose first row is ``first``; returns where its edges end."""
+        """Add the product with one piece of the other side's rows.
+
+        Args:
+            first: the row of the other side at which the piece begins.
+            cursor: where the edges into the piece begin in the index array, [R].
+
+        Returns:
+            Where they end, [R].
+        """
         stop = self._stop
         if first + len(piece_CD) < self._columns:
-            stop = before(self._indices, cursor, stop, first + len(piece_CD))
+            stop = lower_bound(self._indices, cursor, stop, first + len(piece_CD))
         total = np.concatenate([[0], np.cumsum(stop - cursor)])
         low = 0
         while low < len(cursor):
             high = int(np.searchsorted(total, total[low] + EDGES, side="right")) - 1
-            high = min(max(high, low + 1), low + ROWS, len(cursor))  # a hub is one of its own
+            # A row with more than EDGES edges is multiplied alone.
+            high = min(max(high, low + 1), low + ROWS, len(cursor))
             indptr = total[low : high + 1] - total[low]
-            edges = np.repeat(cursor[low:high] - indptr[:-1], np.diff(indptr)) + np.arange(
-                indptr[-1]
-            )
-            columns = self._indices[edges] - first
-            operator = csr(
-                torch.from_numpy(indptr.astype(np.int32)),
-                torch.from_numpy(columns.astype(np.int32)),
-                torch.ones(len(columns)),
-                (high - low, len(piece_CD)),
-            )
-            rows_RD[low:high] += self.scale_R1[low:high] * (operator @ piece_CD)
+            adjacency = self._adjacency(cursor[low:high], indptr, first, len(piece_CD))
+            rows_RD[low:high] += self.scale_R1[low:high] * (adjacency @ piece_CD)
             low = high
         return stop
+
+    def _adjacency(self, start: Places, indptr: Places, first: int, columns: int) -> Tensor:
+        """Return A between some rows and the ``columns`` rows from ``first`` of the other side.
+
+        ``start`` says where the edges of each row begin in the index array.
+        """
+        edges = np.repeat(start - indptr[:-1], np.diff(indptr)) + np.arange(indptr[-1])
+        column = self._indices[edges] - first
+        return csr(
+            torch.from_numpy(indptr.astype(np.int32)),
+            torch.from_numpy(column.astype(np.int32)),
+            torch.ones(len(column)),
+            (len(start), columns),
+        )

@@ -1,9 +1,10 @@
-"""LightGCN (He et al., SIGIR 2020, eq. 7-8) over blocks.
+"""LightGCN (He et al., SIGIR 2020, eq. 7-8) over the part of the graph that a step needs.
 
-A block is the part of the graph that a step propagates over: the rows of the tables that it
-needs, and Â among them, whole (``full_block``) or sampled hop by hop (``sampled_block``).
+That part is a block: some table rows, and Â among their nodes. The block is the whole graph
+(``full_block``) or is sampled hop by hop (``sampled_block``).
 
-Shapes: N nodes of a block, users first; T nodes that are asked for; D embedding dim.
+Shapes: V nodes of a block, users first; v nodes of one hop; Q nodes of a block whose output is
+asked for; D embedding dimension; U users and I items of the whole catalogue.
 """
 
 import warnings
@@ -24,9 +25,14 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SampledHop:
-    """``operator`` [R, C] is a sampled Â: its rows are the nodes at ``rows`` [R] of the block,
-    its columns the rows of the next hop or, in the last one, all N nodes. ``transposed`` [C, R]
-    is the same for the gradient."""
+    """The sampled Â of one hop.
+
+    Attributes:
+        rows: the positions in the block of the hop's nodes, int64 [v].
+        operator: the sampled Â, sparse CSR [v, columns]. Its columns are the nodes of the next
+            hop or, in the last hop, all V nodes of the block.
+        transposed: the transpose of ``operator`` in CSR, for the gradient.
+    """
 
     rows: Tensor
     operator: Tensor
@@ -42,12 +48,15 @@ class SampledHop:
 
 @dataclass(frozen=True)
 class Block:
-    """``users`` and ``items`` are the distinct table rows of its nodes.
+    """The nodes that a step propagates over, and Â among them. Without a graph there is no Â.
 
-    ``propagate`` gives the embeddings of T nodes, which are those at ``targets`` [T] of the
-    block, or all N if that is None; ``position`` says which of them each id asked for is.
-    ``operator`` is Â [N, N] of a full block, ``hops`` are those of a sampled one; with neither
-    there is no graph.
+    Attributes:
+        users, items: the distinct table rows of the V nodes, int64.
+        position: for each id that the block was made for, users first, its position among the Q
+            nodes, int64.
+        targets: the positions of the Q nodes in the block, int64 [Q]; None if they are all V.
+        operator: Â of a full block, sparse CSR [V, V].
+        hops: the hops of a sampled block.
     """
 
     users: Tensor
@@ -58,7 +67,7 @@ class Block:
     hops: tuple[SampledHop, ...] = ()
 
     def to(self, device: torch.device) -> "Block":
-        """Itself on the device; nothing waits for the copies."""
+        """Return the block on the device. The host does not wait for the copies."""
         return Block(
             to_device(self.users, device),
             to_device(self.items, device),
@@ -78,9 +87,9 @@ def _csr_to(operator: Tensor, device: torch.device) -> Tensor:
 
 
 def full_block(graph: GraphArrays, users: Ids, items: Ids) -> Block:
-    """The whole train graph as one block, Â = D^-1/2 A D^-1/2 in CSR.
+    """Return the whole train graph as one block.
 
-    Isolated nodes have empty rows: their embeddings are simply not mixed.
+    A node without neighbours has an empty row in Â, so its embedding is mixed with no other.
     """
     return Block(
         torch.arange(graph.users),
@@ -91,16 +100,21 @@ def full_block(graph: GraphArrays, users: Ids, items: Ids) -> Block:
 
 
 def full_position(graph: GraphArrays, users: Ids, items: Ids) -> Tensor:
-    """Where users and items lie in a block of all nodes."""
+    """Return the positions of users and items in a block of all nodes, users first."""
     return torch.from_numpy(np.concatenate([users, items + graph.users]))
 
 
 def sampled_block(
     graph: GraphArrays, users: Ids, items: Ids, fan_out: tuple[int, ...], key: tuple[int, int, int]
 ) -> Block:
-    """The block that some users and items (ids may repeat) need for ``len(fan_out)`` layers.
+    """Sample the block that some users and items need for ``len(fan_out)`` layers.
 
-    Without layers that is their own rows. ``key`` as in :func:`sample_hops`.
+    Without layers the block is their own rows.
+
+    Args:
+        users, items: table rows; they may repeat.
+        fan_out: the neighbours that a node keeps in each hop.
+        key: (seed, epoch, step), as in :func:`sample_hops`.
     """
     first_item = graph.users
     asked, position = np.unique(np.concatenate([users, items + first_item]), return_inverse=True)
@@ -108,10 +122,10 @@ def sampled_block(
     parts = [hop.nodes for hop in hops] + [hops[-1].columns if hops else asked]
     nodes, places = np.unique(np.concatenate(parts), return_inverse=True)
     split = np.split(places, np.cumsum([len(part) for part in parts])[:-1])
-    cut = int(np.searchsorted(nodes, first_item))
+    user_count = int(np.searchsorted(nodes, first_item))
     return Block(
-        torch.from_numpy(nodes[:cut]),
-        torch.from_numpy(nodes[cut:] - first_item),
+        torch.from_numpy(nodes[:user_count]),
+        torch.from_numpy(nodes[user_count:] - first_item),
         torch.from_numpy(position),
         torch.from_numpy(split[0]) if hops else None,
         hops=tuple(_hops(hops, split, len(nodes))),
@@ -119,7 +133,12 @@ def sampled_block(
 
 
 def _hops(hops: list[Hop], places: list[Ids], nodes: int) -> list[SampledHop]:
-    """Renumber the columns: those of the last hop are places among all nodes already."""
+    """Renumber the columns of the hops, which name nodes of the graph.
+
+    Args:
+        places: the positions in the block of each hop's rows, then of the last hop's columns.
+        nodes: V.
+    """
     out = []
     for index, hop in enumerate(hops):
         last = index + 1 == len(hops)
@@ -130,19 +149,21 @@ def _hops(hops: list[Hop], places: list[Ids], nodes: int) -> list[SampledHop]:
             torch.from_numpy(columns.astype(np.int32)),
             torch.from_numpy(hop.values),
         )
-        out.append(
-            SampledHop(torch.from_numpy(places[index]), csr(*parts, shape), _csr_t(*parts, shape))
-        )
+        rows = torch.from_numpy(places[index])
+        out.append(SampledHop(rows, csr(*parts, shape), _transposed_csr(*parts, shape)))
     return out
 
 
 def csr(indptr: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Make a sparse CSR tensor, without torch's warning that its support of CSR is in beta."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "sparse CSR support is in beta"
+        warnings.simplefilter("ignore", UserWarning)
         return torch.sparse_csr_tensor(indptr, columns, values, size=shape)
 
 
-def _csr_t(indptr: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+def _transposed_csr(
+    indptr: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]
+) -> Tensor:
     ascending, order = torch.sort(columns, stable=True)
     rows = torch.arange(shape[0], dtype=torch.int32).repeat_interleave(indptr.diff())
     starts = torch._convert_indices_from_coo_to_csr(ascending, shape[1], out_int32=True)
@@ -150,7 +171,7 @@ def _csr_t(indptr: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, in
 
 
 def normalised_adjacency(graph: GraphArrays) -> Tensor:
-    """Â of the bipartite train graph, float32 sparse CSR [U + I, U + I]."""
+    """Return Â = D^-1/2 A D^-1/2 of the bipartite train graph, float32 CSR [U + I, U + I]."""
     users, edges = graph.users, len(graph.user_items)
     user_degree, item_degree = np.diff(graph.user_indptr), np.diff(graph.item_indptr)
     scale = 1 / np.sqrt(np.maximum(np.concatenate([user_degree, item_degree]), 1))
@@ -167,63 +188,71 @@ def normalised_adjacency(graph: GraphArrays) -> Tensor:
     )
 
 
-def propagate(block: Block, embedding_ND: Tensor, layers: int) -> Tensor:
-    """h = mean(H0..HL) with H0 = embedding and Hk = Â H(k-1); [N, D] -> [T, D].
+def propagate(block: Block, embedding_VD: Tensor, layers: int) -> Tensor:
+    """Return the mean of H_0 .. H_layers, where H_0 is the embeddings and H_k = Â H_(k-1).
 
-    A sampled block has its own Â for each hop, so ``layers`` is the number of its hops.
+    Args:
+        layers: of a full block. A sampled block has an Â for each hop, so its number of layers is
+            that of its hops.
+
+    Returns:
+        The output of the Q nodes, [Q, D].
     """
-    out: Tensor = embedding_ND
     if block.operator is not None and layers:
-        out = _MeanOfPowers.apply(embedding_ND, block.operator, layers)  # type: ignore[no-untyped-call]
-    elif block.hops:
-        out = _MeanOfHops.apply(embedding_ND, block.hops)  # type: ignore[no-untyped-call]
-    return out
+        return _MeanOfPowers.apply(embedding_VD, block.operator, layers)  # type: ignore[no-untyped-call]
+    if block.hops:
+        return _MeanOfHops.apply(embedding_VD, block.hops)  # type: ignore[no-untyped-call]
+    return embedding_VD
 
 
 class _MeanOfPowers(torch.autograd.Function):
-    """x -> mean(x, Âx, .., Â^L x). Â is symmetric, so the gradient is the same map."""
+    """x -> mean(x, Âx, .., Â^layers x). Â is symmetric, so the gradient is the same map."""
 
     @staticmethod
-    def forward(ctx: Any, embedding_ND: Tensor, operator: Tensor, layers: int) -> Tensor:
+    def forward(ctx: Any, embedding_VD: Tensor, operator: Tensor, layers: int) -> Tensor:
         ctx.operator, ctx.layers = operator, layers
-        return _mean_of_powers(embedding_ND, operator, layers)
+        return _mean_of_powers(embedding_VD, operator, layers)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient_ND,) = gradients
-        return _mean_of_powers(gradient_ND.contiguous(), ctx.operator, ctx.layers), None, None
+        (gradient_VD,) = gradients
+        return _mean_of_powers(gradient_VD.contiguous(), ctx.operator, ctx.layers), None, None
 
 
-def _mean_of_powers(x_ND: Tensor, operator: Tensor, layers: int) -> Tensor:
-    # Horner: mean = (x + Â(x + Â(x + ..))) / (L + 1), one temporary at a time, the division
-    # folded into the last product.
-    out_ND = x_ND
+def _mean_of_powers(x_VD: Tensor, operator: Tensor, layers: int) -> Tensor:
+    """Horner's scheme: (x + Â(x + Â(x + ..))) / (layers + 1).
+
+    It needs one temporary at a time, and the last product does the division.
+    """
+    out_VD = x_VD
     for layer in range(1, layers + 1):
         scale = 1 / (layers + 1) if layer == layers else 1.0
-        out_ND = torch.addmm(x_ND, operator, out_ND, beta=scale, alpha=scale)
-    return out_ND
+        out_VD = torch.addmm(x_VD, operator, out_VD, beta=scale, alpha=scale)
+    return out_VD
 
 
 class _MeanOfHops(torch.autograd.Function):
-    """The same by Horner with a sampled Â per hop: (x + Â1(x + Â2(x + ..))) / (L + 1), each x
-    and each product at the rows of the hop only."""
+    """Horner's scheme with an Â for each hop: (x + Â1(x + Â2(x + ..))) / (hops + 1).
+
+    Each sum is computed only at the rows of its hop.
+    """
 
     @staticmethod
-    def forward(ctx: Any, embedding_ND: Tensor, hops: tuple[SampledHop, ...]) -> Tensor:
+    def forward(ctx: Any, embedding_VD: Tensor, hops: tuple[SampledHop, ...]) -> Tensor:
         ctx.hops = hops
-        out = embedding_ND
+        out = embedding_VD
         for number, hop in enumerate(reversed(hops), start=1):
             scale = 1 / (len(hops) + 1) if number == len(hops) else 1.0
-            own_RD = embedding_ND.index_select(0, hop.rows)
-            out = torch.addmm(own_RD, hop.operator, out, beta=scale, alpha=scale)
+            own_vD = embedding_VD.index_select(0, hop.rows)
+            out = torch.addmm(own_vD, hop.operator, out, beta=scale, alpha=scale)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        at_RD = [gradients[0] / (len(ctx.hops) + 1)]
+        gradient_of_rows = [gradients[0] / (len(ctx.hops) + 1)]
         for hop in ctx.hops:
-            at_RD.append(hop.transposed @ at_RD[-1])
-        gradient_ND = at_RD.pop()
-        for hop, own_RD in zip(ctx.hops, at_RD, strict=True):
-            gradient_ND.index_add_(0, hop.rows, own_RD)
-        return gradient_ND, None
+            gradient_of_rows.append(hop.transposed @ gradient_of_rows[-1])
+        gradient_VD = gradient_of_rows.pop()
+        for hop, own_vD in zip(ctx.hops, gradient_of_rows, strict=True):
+            gradient_VD.index_add_(0, hop.rows, own_vD)
+        return gradient_VD, None

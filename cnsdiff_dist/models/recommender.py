@@ -1,6 +1,7 @@
-"""The model a run trains: sharded tables under a LightGCN encoder.
+"""The model that a run trains: sharded tables under a LightGCN encoder.
 
-Shapes: B rows, D embedding dim, N nodes of a block (users first); R this rank's own rows.
+Shapes: B ids asked for, V nodes of a block (users first), R table rows that this rank owns,
+D embedding dimension.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cnsdiff_dist.config import Config
+from cnsdiff_dist import sections
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.distributed.sharded_tables import ShardedTables
 from cnsdiff_dist.distributed.world import World
@@ -26,21 +27,29 @@ AUTO_NODES = 100_000
 
 
 class Recommender:
-    def __init__(self, config: Config, graph: GraphArrays, world: World) -> None:
-        self.tables = ShardedTables(
-            graph.users, graph.items, config.model.dim, config.tables, config.data.streams,
-            config.run.seed, world,
-        )  # fmt: skip
-        self._layers, self._fan_out = config.model.layers, config.model.fan_out
-        self._objective, self._graph, self._world = config.objective, graph, world
+    """Encodes users and items; ``objective`` says how two encodings are scored."""
+
+    def __init__(
+        self,
+        tables: ShardedTables,
+        model: sections.Model,
+        objective: sections.Objective,
+        graph: GraphArrays,
+        world: World,
+    ) -> None:
+        self.tables = tables
+        self._layers, self._fan_out = model.layers, model.fan_out
+        self._objective, self._graph, self._world = objective, graph, world
         self._whole: Block | None = None
-        if self._layers and not is_sampled(config, graph.users + graph.items):
+        if self._layers and not is_sampled(model, graph.users + graph.items):
             none = np.empty(0, np.int64)
             self._whole = full_block(graph, none, none).to(world.device)
 
     def block(self, users: Ids, items: Ids, key: tuple[int, int, int]) -> Block:
-        """What :meth:`encode` needs for some users and items, on the host; ``key`` is (seed,
-        epoch, step). Reads no parameter, so that it can be made ahead.
+        """The part of the graph that :meth:`encode` needs for some users and items, on the host.
+
+        It reads no parameter, so that it can be made ahead of the step. ``key`` is (seed, epoch,
+        step).
 
         Raises:
             UserError: an id is out of range.
@@ -55,32 +64,39 @@ class Recommender:
     def encode(
         self, block: Block, gate: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Encoder outputs of the users and items asked for, users first [both, D], and the half
-        squared norms [both] of the table rows beneath them (what L2 regularises).
+        """Encode the users and items that a block on the device was made for, users first.
 
-        One table lookup: each row once, however often its id occurs. :meth:`scored` makes the
-        outputs what the objective sees. ``gate`` may change the gradient [N, D] of the rows, before
-        backward updates the tables with it.
+        Each table row is looked up once, however often its id occurs. :meth:`scored` makes of the
+        outputs what the objective sees.
+
+        Args:
+            gate: may change the gradient of the rows, [V, D], before backward updates the tables.
+
+        Returns:
+            The encoder's outputs [B, D], and the half squared norms [B] of the table rows beneath
+            them, which L2 regularises.
         """
-        block = block.to(self._world.device)
-        ego_ND = self.tables.lookup(block.users, block.items)
-        if gate is not None and ego_ND.requires_grad:
-            ego_ND.register_hook(gate)
-        h_TD = propagate(block, ego_ND, self._layers)
-        asked_TD = ego_ND if block.targets is None else ego_ND.index_select(0, block.targets)
-        half_square = losses.l2(asked_TD).index_select(0, block.position)
-        return h_TD.index_select(0, block.position), half_square
+        ego_VD = self.tables.lookup(block.users, block.items)
+        if gate is not None and ego_VD.requires_grad:
+            ego_VD.register_hook(gate)
+        h_QD = propagate(block, ego_VD, self._layers)
+        asked_QD = ego_VD if block.targets is None else ego_VD.index_select(0, block.targets)
+        half_square = losses.l2(asked_QD).index_select(0, block.position)
+        return h_QD.index_select(0, block.position), half_square
 
     def scored(self, user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors whose dot product is the score: similarity over temperature."""
+        """Vectors whose dot product is the score: the similarity over the temperature."""
         if self._objective.similarity == "cosine":
             user, item = functional.normalize(user), functional.normalize(item)
         return user / self._objective.temperature, item
 
     @torch.no_grad()
     def encode_all(self) -> tuple[Tensor, Tensor]:
-        """This rank's own users and items, [R, D] each, propagated exactly, as the objective
-        sees them: their dot product is the score. On the host. Collective."""
+        """The users and items that this rank owns, [R, D] each, on the host. Collective.
+
+        They are propagated exactly, and scored as the objective does it: their dot product is the
+        score.
+        """
         self._world.release_freed_blocks()
         own = propagate_own(self.tables, self._graph, self._layers, self._world)
         if self._objective.similarity == "cosine":
@@ -90,7 +106,6 @@ class Recommender:
         return own
 
 
-def is_sampled(config: Config, nodes: int) -> bool:
-    """Whether training samples neighbours, or propagates over the whole graph at every step."""
-    kind = config.model.propagation
-    return kind == "sampled" or (kind == "auto" and nodes > AUTO_NODES)
+def is_sampled(model: sections.Model, nodes: int) -> bool:
+    """Whether a step samples neighbours, or propagates over the whole graph."""
+    return model.propagation == "sampled" or (model.propagation == "auto" and nodes > AUTO_NODES)

@@ -1,8 +1,8 @@
 """Open a raw interaction log of any supported format as batches of named columns.
 
-Text formats yield strings, Parquet its own types; what the values mean is checked by
-``ingest``. A file is streamed through fsspec, so it may be remote, compressed (.gz, .bz2,
-.xz, .zst) and larger than memory.
+Text formats yield strings and Parquet yields its own types; ``ingest`` checks the values. A file
+is streamed through fsspec, so it may be remote, compressed (.gz, .bz2, .xz, .zst) and larger than
+memory.
 """
 
 import re
@@ -22,18 +22,19 @@ from cnsdiff_dist.errors import UserError
 FORMATS = ("auto", "parquet", "csv", "tsv", "inter", "triples")
 ROLES = ("user", "item", "rating", "timestamp")
 _REQUIRED = ("user", "item")
-_EXTENSIONS = {
-    ".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "tsv", ".inter": "inter",
-}  # fmt: skip
+_EXTENSIONS = {".pq": "parquet"} | {f".{name}": name for name in ("parquet", "csv", "tsv", "inter")}
 _COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
 _DELIMITERS = {"csv": ",", "tsv": "\t", "inter": "\t", "triples": " "}
+# The column names, in lower case, that are taken for a role; the first one found wins.
 _GUESSES = {
-    "user": ("user", "user_id", "userid", "user_procid", "uid", "u", "reviewerid", "visitorid"),
-    "item": ("item", "item_id", "itemid", "item_procid", "iid", "i", "movie_id", "movieid",
-             "product_id", "productid", "asin", "business_id"),
-    "rating": ("rating", "ratings", "score", "stars", "overall", "label"),
-    "timestamp": ("timestamp", "time", "ts", "unixreviewtime"),
-}  # fmt: skip
+    "user": "user user_id userid user_procid uid u reviewerid visitorid",
+    "item": (
+        "item item_id itemid item_procid iid i movie_id movieid product_id productid asin "
+        "business_id"
+    ),
+    "rating": "rating ratings score stars overall label",
+    "timestamp": "timestamp time ts unixreviewtime",
+}
 _RAGGED = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")
 _BATCH_ROWS = 1 << 18
 _BLOCK_BYTES = 1 << 22
@@ -42,10 +43,10 @@ _HEAD_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class LogFormat:
-    """How to read a log; None and () mean: find out.
+    """How to read a log; None and () mean that it is found out.
 
-    ``columns`` names the columns of a file without a header; ``user`` .. ``timestamp`` say
-    which column plays which role.
+    ``columns`` names the columns of a file without a header. ``user``, ``item``, ``rating`` and
+    ``timestamp`` name the columns that play these roles.
     """
 
     format: str = "auto"
@@ -58,10 +59,14 @@ class LogFormat:
 
 @dataclass(frozen=True)
 class Log:
-    """An open log. ``roles`` maps a role to its column; ``batches`` are named by role.
+    """An open log.
 
-    ``unit`` and ``first`` say how a person numbers its records: line 2 is the first record
-    of a text file with a header, row 1 that of a Parquet file.
+    Attributes:
+        unit: what error messages call a record: ``line`` or, in Parquet, ``row``.
+        first: the number of the first record in error messages: 2 if a header is line 1.
+        roles: the name in the file of each role's column.
+        schema: the type of each role's column.
+        batches: the records; their columns are named by role.
     """
 
     url: str
@@ -73,21 +78,24 @@ class Log:
 
 
 @contextmanager
-def open_log(url: str, how: LogFormat) -> Iterator[Log]:
+def open_log(url: str, log_format: LogFormat) -> Iterator[Log]:
     """Open a log for one pass over it.
 
     Raises:
-        UserError: missing, unreadable, empty or truncated file, or a wanted column is not
-            in it. Raised by ``batches`` too, for damage further on.
+        UserError: the file is missing, unreadable, empty or truncated, or has no column for a
+            role. ``Log.batches`` raises it too, for damage further on.
     """
     head = _head(url)
-    kind = _kind(url, how, head)
+    kind = log_format.format
+    if kind == "auto":
+        kind = _detected_format(url, head)
     compression = None if kind == "parquet" else "infer"
     with storage.open_read(url, compression) as file:
-        with _one_line(url, kind):
-            log = _open_parquet(url, file, how, kind) if kind == "parquet" else _open_text(
-                url, file, how, kind, head
-            )  # fmt: skip
+        with _explained(url, kind):
+            if kind == "parquet":
+                log = _open_parquet(url, file, log_format, kind)
+            else:
+                log = _open_text(url, file, log_format, kind, head)
         yield log
 
 
@@ -102,9 +110,7 @@ def _head(url: str) -> bytes:
     return head
 
 
-def _kind(url: str, how: LogFormat, head: bytes) -> str:
-    if how.format != "auto":
-        return how.format
+def _detected_format(url: str, head: bytes) -> str:
     path = PurePosixPath(storage.display(url))
     suffix = path.suffix.lower()
     if suffix in _COMPRESSIONS:
@@ -119,22 +125,22 @@ def _kind(url: str, how: LogFormat, head: bytes) -> str:
     return "csv" if b"," in line else "triples"
 
 
-def _open_parquet(url: str, file: IO[bytes], how: LogFormat, kind: str) -> Log:
+def _open_parquet(url: str, file: IO[bytes], log_format: LogFormat, kind: str) -> Log:
     parquet = pq.ParquetFile(file, page_checksum_verification=True)
-    roles = _roles(url, parquet.schema_arrow.names, how)
+    roles = _roles(url, parquet.schema_arrow.names, log_format)
     if parquet.metadata.num_rows == 0:
         raise UserError(f"{storage.display(url)}: no rows; give a file with interactions")
-    names = list(roles.values())
-    schema = pa.schema([parquet.schema_arrow.field(name) for name in names])
-    batches = parquet.iter_batches(_BATCH_ROWS, columns=names)
-    return Log(url, "row", 1, roles, _renamed(schema, roles), _guarded(url, kind, batches, roles))
+    schema = _schema_by_role(parquet.schema_arrow, roles)
+    batches = parquet.iter_batches(_BATCH_ROWS, columns=list(roles.values()))
+    return Log(url, "row", 1, roles, schema, _batches_by_role(url, kind, batches, roles))
 
 
-def _open_text(url: str, file: IO[bytes], how: LogFormat, kind: str, head: bytes) -> Log:
+def _open_text(url: str, file: IO[bytes], log_format: LogFormat, kind: str, head: bytes) -> Log:
     delimiter = _DELIMITERS[kind]
-    line = next(line for line in _text(url, head).splitlines() if line.strip())
-    names, header = _names(how, kind, [word.strip(' "') for word in line.split(delimiter)])
-    roles = _roles(url, names, how, headless=not header)
+    line = next(line for line in _decoded(url, head).splitlines() if line.strip())
+    fields = [field.strip(' "') for field in line.split(delimiter)]
+    names, header = _column_names(log_format, kind, fields)
+    roles = _roles(url, names, log_format, headless=not header)
     reader = pacsv.open_csv(
         file,
         read_options=pacsv.ReadOptions(
@@ -145,14 +151,16 @@ def _open_text(url: str, file: IO[bytes], how: LogFormat, kind: str, head: bytes
             column_types=dict.fromkeys(names, pa.string()), include_columns=list(roles.values())
         ),
     )
-    schema = _renamed(reader.schema, roles)
-    return Log(url, "line", 1 + header, roles, schema, _guarded(url, kind, reader, roles))
+    schema = _schema_by_role(reader.schema, roles)
+    batches = _batches_by_role(url, kind, reader, roles)
+    return Log(url, "line", 1 + header, roles, schema, batches)
 
 
-def _text(url: str, head: bytes) -> str:
+def _decoded(url: str, head: bytes) -> str:
+    # A head of full length may end inside a character, so only its whole lines are decoded.
+    lines = head if len(head) < _HEAD_BYTES else head[: head.rfind(b"\n")]
     try:
-        # The head may end inside a character; only what comes before its last line end counts.
-        return (head if len(head) < _HEAD_BYTES else head[: head.rfind(b"\n")]).decode("utf-8-sig")
+        return lines.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = head.count(b"\n", 0, error.start) + 1
         raise UserError(
@@ -160,22 +168,28 @@ def _text(url: str, head: bytes) -> str:
         ) from None
 
 
-def _names(how: LogFormat, kind: str, first: list[str]) -> tuple[list[str], bool]:
-    """The columns' names, and whether the file's first line holds them."""
-    if how.columns:
-        extra = [f"column {n + 1}" for n in range(len(how.columns), len(first))]
-        return [*how.columns, *extra], False
-    if kind == "triples":
-        return [*ROLES[:3], *(f"column {n + 1}" for n in range(3, len(first)))][: len(first)], False
-    return [name.split(":")[0] if kind == "inter" else name for name in first], True
+def _column_names(log_format: LogFormat, kind: str, fields: list[str]) -> tuple[list[str], bool]:
+    """Name the columns of a text file whose first line has ``fields``.
+
+    Returns:
+        The names, and whether the first line is a header.
+    """
+    if not log_format.columns and kind != "triples":
+        return [field.split(":")[0] if kind == "inter" else field for field in fields], True
+    known = log_format.columns or ROLES[: min(3, len(fields))]
+    unnamed = (f"column {number + 1}" for number in range(len(known), len(fields)))
+    return [*known, *unnamed], False
 
 
-def _roles(url: str, names: list[str], how: LogFormat, headless: bool = False) -> dict[str, str]:
+def _roles(
+    url: str, names: list[str], log_format: LogFormat, headless: bool = False
+) -> dict[str, str]:
+    """Map each role to its column, by request or by a guess."""
     by_lower = {name.lower(): name for name in reversed(names)}
     found: dict[str, str] = {}
     for role in ROLES:
-        asked = getattr(how, role)
-        guesses = [by_lower[guess] for guess in _GUESSES[role] if guess in by_lower]
+        asked = getattr(log_format, role)
+        guesses = [by_lower[guess] for guess in _GUESSES[role].split() if guess in by_lower]
         if asked is not None and asked not in names:
             raise _no_column(url, f"no column {asked!r} (--{role}-column)", names, headless)
         if asked is None and not guesses:
@@ -188,21 +202,21 @@ def _roles(url: str, names: list[str], how: LogFormat, headless: bool = False) -
 
 def _no_column(url: str, what: str, names: list[str], headless: bool) -> UserError:
     listed = ", ".join(names[:12]) + (", .." if len(names) > 12 else "")
-    fix = "name them in --columns" if headless else (
-        "pass --user-column and --item-column, or --columns if the file has no header"
-    )  # fmt: skip
+    fix = "pass --user-column and --item-column, or --columns if the file has no header"
+    if headless:
+        fix = "name them in --columns"
     return UserError(f"{storage.display(url)}: {what}; its columns are: {listed}; {fix}")
 
 
-def _renamed(schema: pa.Schema, roles: dict[str, str]) -> pa.Schema:
+def _schema_by_role(schema: pa.Schema, roles: dict[str, str]) -> pa.Schema:
     return pa.schema([(role, schema.field(name).type) for role, name in roles.items()])
 
 
-def _guarded(
+def _batches_by_role(
     url: str, kind: str, batches: Iterator[pa.RecordBatch], roles: dict[str, str]
 ) -> Iterator[pa.RecordBatch]:
     rows = 0
-    with _one_line(url, kind):
+    with _explained(url, kind):
         for batch in batches:
             rows += len(batch)
             yield batch.select(list(roles.values())).rename_columns(list(roles))
@@ -211,8 +225,8 @@ def _guarded(
 
 
 @contextmanager
-def _one_line(url: str, kind: str) -> Iterator[None]:
-    """What pyarrow and the decompressors raise, as one line that names the file."""
+def _explained(url: str, kind: str) -> Iterator[None]:
+    """Turn what pyarrow and the decompressors raise into one line that names the file."""
     with storage.explained(url, "read"):
         try:
             yield
@@ -221,7 +235,7 @@ def _one_line(url: str, kind: str) -> Iterator[None]:
         except OSError as error:
             if error.errno is not None:
                 raise
-            raise _damaged(url, kind, error) from None  # pyarrow's way to say: corrupt
+            raise _damaged(url, kind, error) from None  # pyarrow reports corrupt data this way.
 
 
 def _damaged(url: str, kind: str, error: BaseException) -> UserError:

@@ -1,8 +1,8 @@
-"""The out-of-distribution splits, as orders over a log: pure functions.
+"""The out-of-distribution splits, as orders over a log: pure functions that return SQL.
 
-A shift is an order: the rows of the log that come first in it are the shifted test set.
-An order is a SQL expression over the columns ``key`` (random bits), ``timestamp`` and
-``degree`` (interactions of the item in the part being cut), so that the sort runs out of core.
+A shift is an order: the rows that come first in it become the shifted test set. An order is a SQL
+expression over the columns ``key`` (random bits), ``timestamp`` and ``degree`` (the item's number
+of rows in the part that is cut), so that DuckDB can sort out of core.
 """
 
 import hashlib
@@ -11,18 +11,18 @@ SHIFTS = ("popularity", "temporal", "exposure", "random")
 
 
 def key(seed: int) -> str:
-    """64 random bits of a row, computed once and stored as the column ``key``.
+    """Return SQL for 64 random bits of a row, which are stored as the column ``key``.
 
-    They depend on nothing but the seed, the user and the item: not on threads, not on the
-    order of the rows.
+    They depend on the seed, the user and the item alone, not on threads or the order of the rows.
     """
     return f"md5_number_lower(concat('{seed}:', \"user\", ':', item))"
 
 
 def draw(tag: str) -> str:
-    """The row's random bits for one purpose: each half of its key times an odd number of the tag.
+    """Return SQL for 64 random bits of a row for the purpose ``tag``.
 
-    Far cheaper than hashing the row again. Between rows draws are as independent as keys.
+    Each half of the row's key is multiplied by an odd number that depends on the tag, which is
+    far cheaper than to hash the row again. Draws of different rows are as independent as the keys.
     """
     digest = hashlib.sha256(tag.encode()).digest()
     high, low = (int.from_bytes(digest[at : at + 4], "little") | 1 for at in (0, 4))
@@ -34,18 +34,18 @@ def draw(tag: str) -> str:
 
 
 def uniform(tag: str) -> str:
-    """The same as a number in (0, 1]."""
+    """Return SQL for the same draw as a number in (0, 1]."""
     return f"(({draw(tag)} + 0.5) / 2.0**64)"
 
 
 def order(shift: str, tag: str) -> str:
-    """The SQL order of a shift.
+    """Return the SQL order of a shift.
 
-    - ``random``: any row is as likely as another.
-    - ``popularity`` and ``exposure``: rows drawn with probability proportional to 1 / degree,
-      without replacement (Efraimidis & Spirakis 2006: ascending -ln(u) / weight), so every
-      item is about equally present. For ``exposure`` it imitates a uniform exposure.
-    - ``temporal``: the latest rows; ties are broken at random.
+    - ``random``: all rows are equally likely to come first.
+    - ``popularity`` and ``exposure``: rows are drawn without replacement, with probability
+      proportional to 1 / degree (Efraimidis & Spirakis 2006: ascending -ln(u) / weight), so that
+      all items are about equally frequent. For ``exposure`` this imitates a uniform exposure.
+    - ``temporal``: the latest rows come first; ties are broken at random.
     """
     if shift == "temporal":
         return f'"timestamp" DESC, {uniform(tag)}'
@@ -55,5 +55,5 @@ def order(shift: str, tag: str) -> str:
 
 
 def share(rows: int, fraction: float) -> int:
-    """How many of ``rows`` a ``fraction`` takes, rounded; never all of them."""
+    """Return how many of ``rows`` a ``fraction`` takes, rounded, and never all of them."""
     return min(round(rows * fraction), max(rows - 1, 0))

@@ -1,13 +1,14 @@
-"""Interactions from a known causal model, with its ground truth.
+"""Generate interactions from a known causal model, and write its ground truth.
 
-Preference: user u likes item i with probability sigmoid(p_u . q_i + b_i + c). The quality b_i
-follows, weakly, the item's popularity: the two are confounded.
-Exposure: an item's popularity g_i comes from its environment (a heavy-tailed campaign
-budget), a user's activity a_u is heavy-tailed too; the biased log exposes (u, i) with
-probability min(1, a_u g_i). An interaction is an exposed pair that is liked. The uniform log
-exposes every pair with the same probability: the same tastes under do(exposure).
+- Preference: user u likes item i with probability sigmoid(p_u . q_i + b_i + c). The quality b_i
+  weakly follows the item's popularity, so that the two are confounded.
+- Exposure: the biased log shows item i to user u with probability min(1, a_u g_i). The item's
+  popularity g_i comes from its environment (a heavy-tailed campaign budget), and the user's
+  activity a_u is heavy-tailed too.
+- An interaction is a pair that is both shown and liked.
+- The uniform log shows every pair with the same probability: the same tastes under do(exposure).
 
-Shapes: U users, I items, K latent factors.
+Shapes: U users, I items, F latent factors.
 """
 
 from dataclasses import dataclass, replace
@@ -28,10 +29,11 @@ _CHUNK_PAIRS = 1 << 22
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Sizes and seed.
+    """The sizes and the seed of a causal model.
 
-    ``biased_per_user`` and ``uniform_per_user`` are mean interactions; a user has at most a
-    twentieth of the items in the biased log, so that in a small world likes are left to find.
+    ``biased_per_user`` and ``uniform_per_user`` are mean numbers of interactions in the two logs.
+    The biased mean is at most a twentieth of the items, so that a small model leaves likes for the
+    uniform log.
     """
 
     users: int = 2000
@@ -45,8 +47,17 @@ class Synthetic:
 
 @dataclass(frozen=True)
 class Truth:
-    """The causal model. ``user_factors`` [U, K], ``item_factors`` [I, K], ``quality`` [I];
-    ``activity`` [U] and ``popularity`` [I] scale the exposure; ``environment`` is int64 [I]."""
+    """The causal model.
+
+    Attributes:
+        user_factors: p, [U, F].
+        item_factors: q, [I, F].
+        quality: b, [I].
+        activity: a, [U].
+        popularity: g, [I].
+        environment: int64 [I].
+        offset: c.
+    """
 
     user_factors: Floats
     item_factors: Floats
@@ -57,51 +68,54 @@ class Truth:
     offset: float
 
     def preference(self, users: slice) -> Floats:
-        """The probability that these users like each item, [rows, I]."""
+        """Return the probability that these users like each item, [users, I]."""
         logits = self.user_factors[users] @ self.item_factors.T + self.quality + self.offset
         result: Floats = 1 / (1 + np.exp(-logits))
         return result
 
     def exposure(self, users: slice) -> Floats:
-        """The probability that the biased log shows each item to these users, [rows, I]."""
+        """Return the probability that the biased log shows these users each item, [users, I]."""
         return np.minimum(1.0, self.activity[users, None] * self.popularity)
 
 
-def draw_truth(world: Synthetic) -> Truth:
-    """The causal model of a world; a pure function of it."""
-    rng = _generator(world, 0)
-    environment = rng.integers(0, world.environments, world.items)
-    log_popularity = 0.9 * environment + rng.normal(0, 0.6, world.items)
+def draw_truth(spec: Synthetic) -> Truth:
+    """Draw the causal model: a pure function of ``spec``."""
+    rng = _generator(spec, 0)
+    environment = rng.integers(0, spec.environments, spec.items)
+    log_popularity = 0.9 * environment + rng.normal(0, 0.6, spec.items)
     standard = (log_popularity - log_popularity.mean()) / max(log_popularity.std(), 1e-9)
-    scale = 3.0 / np.sqrt(world.factors)
+    scale = 3.0 / np.sqrt(spec.factors)
     truth = Truth(
-        user_factors=rng.normal(0, 1, (world.users, world.factors)),
-        item_factors=rng.normal(0, scale, (world.items, world.factors)),
-        quality=0.3 * standard + rng.normal(0, 0.5, world.items),
-        activity=rng.lognormal(0, 0.6, world.users),
+        user_factors=rng.normal(0, 1, (spec.users, spec.factors)),
+        item_factors=rng.normal(0, scale, (spec.items, spec.factors)),
+        quality=0.3 * standard + rng.normal(0, 0.5, spec.items),
+        activity=rng.lognormal(0, 0.6, spec.users),
         popularity=np.exp(log_popularity),
         environment=environment,
         offset=-3.0,
     )
-    # Activity is scaled until liked and exposed pairs come to the wanted number; exposure
-    # saturates at 1, hence the iteration.
-    wanted = min(world.biased_per_user, 0.05 * world.items) * world.users
-    for _ in range(20):
+    return _scaled(spec, truth)
+
+
+def _scaled(spec: Synthetic, truth: Truth) -> Truth:
+    """Scale the activity until the biased log has the expected size that ``spec`` wants."""
+    wanted = min(spec.biased_per_user, 0.05 * spec.items) * spec.users
+    for _ in range(20):  # One division does not do, since exposure saturates at 1.
         expected = sum(
-            float((truth.preference(part) * truth.exposure(part)).sum()) for part in _parts(world)
+            float((truth.preference(part) * truth.exposure(part)).sum()) for part in _parts(spec)
         )
         truth = replace(truth, activity=truth.activity * (wanted / max(expected, 1e-9)))
     return truth
 
 
-def draw_interactions(world: Synthetic, truth: Truth) -> tuple[Pairs, Pairs]:
-    """The biased and the uniform log, as (users, items) int64, with no pair in common."""
-    rng = _generator(world, 1)
-    liked = sum(float(truth.preference(part).sum()) for part in _parts(world))
-    flat = min(1.0, world.uniform_per_user * world.users / liked)
+def draw_interactions(spec: Synthetic, truth: Truth) -> tuple[Pairs, Pairs]:
+    """Draw the biased and the uniform log, as (users, items) int64, with no pair in common."""
+    rng = _generator(spec, 1)
+    liked = sum(float(truth.preference(part).sum()) for part in _parts(spec))
+    flat = min(1.0, spec.uniform_per_user * spec.users / liked)
     biased: list[Pairs] = []
     uniform: list[Pairs] = []
-    for part in _parts(world):
+    for part in _parts(spec):
         preference = truth.preference(part)
         likes = rng.random(preference.shape) < preference
         seen = likes & (rng.random(preference.shape) < truth.exposure(part))
@@ -112,19 +126,22 @@ def draw_interactions(world: Synthetic, truth: Truth) -> tuple[Pairs, Pairs]:
     return _joined(biased), _joined(uniform)
 
 
-def write_logs(world: Synthetic, folder: Path) -> dict[str, list[str]]:
-    """Write the two raw logs as Parquet; return them as prepare's sources.
+def write_logs(spec: Synthetic, folder: Path) -> dict[str, list[str]]:
+    """Write the two raw logs as Parquet.
+
+    Returns:
+        The sources for ``prepare``: the logs of each split.
 
     Raises:
-        UserError: the world is so small that a log is empty.
+        UserError: ``spec`` is so small that a log is empty.
     """
     folder.mkdir(parents=True)
     sources = {}
-    logs = draw_interactions(world, draw_truth(world))
+    logs = draw_interactions(spec, draw_truth(spec))
     for split, (users, items) in zip(("train", "test_ood"), logs, strict=True):
         if len(users) == 0:
             raise UserError(
-                f"--users {world.users} --items {world.items}: so small a world has no "
+                f"--users {spec.users} --items {spec.items}: so small a world has no "
                 "interactions; try 50 of each"
             )
         path = folder / f"{split}.parquet"
@@ -133,19 +150,22 @@ def write_logs(world: Synthetic, folder: Path) -> dict[str, list[str]]:
     return sources
 
 
-def write_truth(world: Synthetic, folder: Path) -> None:
-    """Write the causal model: ``users.parquet`` and ``items.parquet``, by raw id, and
-    ``model.parquet`` with its one constant, ``offset``."""
-    truth = draw_truth(world)
+def write_truth(spec: Synthetic, folder: Path) -> None:
+    """Write the causal model as Parquet.
+
+    ``users.parquet`` and ``items.parquet`` have a line per raw id, and ``model.parquet`` has the
+    one constant, ``offset``.
+    """
+    truth = draw_truth(spec)
     folder.mkdir(parents=True)
     tables: dict[str, dict[str, Any]] = {
         "users": {
-            "id": np.arange(world.users),
+            "id": np.arange(spec.users),
             "factors": list(truth.user_factors),
             "activity": truth.activity,
         },
         "items": {
-            "id": np.arange(world.items),
+            "id": np.arange(spec.items),
             "factors": list(truth.item_factors),
             "quality": truth.quality,
             "popularity": truth.popularity,
@@ -157,13 +177,14 @@ def write_truth(world: Synthetic, folder: Path) -> None:
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
 
 
-def _generator(world: Synthetic, stage: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([world.seed, stage])))
+def _generator(spec: Synthetic, stage: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([spec.seed, stage])))
 
 
-def _parts(world: Synthetic) -> list[slice]:
-    step = max(1, _CHUNK_PAIRS // max(world.items, 1))
-    return [slice(a, min(a + step, world.users)) for a in range(0, world.users, step)]
+def _parts(spec: Synthetic) -> list[slice]:
+    """Slice the users, so that few enough pairs are in memory at a time."""
+    step = max(1, _CHUNK_PAIRS // max(spec.items, 1))
+    return [slice(a, min(a + step, spec.users)) for a in range(0, spec.users, step)]
 
 
 def _joined(parts: list[Pairs]) -> Pairs:

@@ -1,113 +1,89 @@
-"""A run directory: its layout, and whether a config and a dataset may continue it.
+"""A run directory: its layout, and which configs and datasets may continue the run.
 
-config.yaml        the resolved config          dataset.json   the dataset's digest
-environment.json   versions, revision, world    metrics.jsonl  one line per log and evaluation
-checkpoints/       see checkpoint/manager.py   evaluations/   SPLIT.json
+config.yaml        the resolved config
+dataset.json       the dataset's name and digest
+environment.json   versions, git revision, world size
+metrics.jsonl      one line per log and per evaluation
+checkpoints/       see checkpoint/manager.py
+evaluations/       SPLIT.json
 """
 
-import importlib.metadata
 import json
-import platform
-import subprocess
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cnsdiff_dist import storage
-from cnsdiff_dist.config import Config, dump_config, parse_config, read_yaml
+from cnsdiff_dist.config import Config, dump_config, parse_config
 from cnsdiff_dist.data.schema import Manifest
+from cnsdiff_dist.distributed.world import World
 from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.runs.provenance import environment
+from cnsdiff_dist.runs.records import CONFIG, DATASET, ENVIRONMENT, read_config_tree
 
-if TYPE_CHECKING:
-    from cnsdiff_dist.distributed.world import (
-        World,  # with torch, which `cnsdiff status` does not wait for
-    )
-
-_CONFIG, _DATASET, _ENVIRONMENT = "config.yaml", "dataset.json", "environment.json"
-# A run may be continued under another value of these: they do not change what is learned, but for
-# the order of sums, or, like the number of epochs, only how long.
-_MAY_CHANGE = {
-    "data.url", "data.prefetch_blocks", "data.workers", "run.dir", "run.timeout_seconds",
-    "run.retry_seconds", "run.grace_seconds", "run.metrics_port", "tables.sharding",
-    "tables.placement", "generator.zero_stage", "train.epochs", "train.max_steps",
-    "train.patience", "train.log_every", "train.non_finite", "train.max_growth",
-    "checkpoint.every_steps", "checkpoint.keep", "checkpoint.background",
-    "evaluation.users_per_chunk",
-}  # fmt: skip
+# A run may be continued with other values of these keys. They change how long it trains, or nothing
+# that is learned except for the order of sums.
+_MAY_CHANGE = set(
+    """
+    data.url data.prefetch_blocks data.workers run.dir run.timeout_seconds run.retry_seconds
+    run.grace_seconds run.metrics_port tables.sharding tables.placement generator.zero_stage
+    train.epochs train.max_steps train.patience train.log_every train.non_finite
+    train.max_growth checkpoint.every_steps checkpoint.keep checkpoint.background
+    evaluation.users_per_chunk
+    """.split()
+)
 
 
 def check_run(config: Config, manifest: Manifest) -> None:
-    """Whether this config and dataset may start, or continue, the run at ``config.run.dir``.
+    """Check that this config and dataset may start or continue the run at ``config.run.dir``.
 
     Raises:
-        UserError: it belongs to another dataset or config, or the directory is not a run's.
+        UserError: the run has another dataset or config, or the directory holds something else.
     """
     url = config.run.dir
-    if storage.exists(f"{url}/{_CONFIG}"):
+    if storage.exists(f"{url}/{CONFIG}"):
         check_dataset(url, manifest)
-        _check_same(read_config(url), config, storage.display(f"{url}/{_CONFIG}"))
-    elif strangers := set(storage.list_files(url)) - {_DATASET, _ENVIRONMENT}:
+        _check_same(read_config(url), config, storage.display(f"{url}/{CONFIG}"))
+    elif other_files := set(storage.list_files(url)) - {DATASET, ENVIRONMENT}:
         raise UserError(
-            f"{storage.display(url)}: not empty ({min(strangers)}) and not a run; "
+            f"{storage.display(url)}: not empty ({min(other_files)}) and not a run; "
             "choose another run.dir"
         )
 
 
-def open_run(config: Config, manifest: Manifest, world: "World") -> None:
-    """Write what identifies the run; the config last, since it makes the directory a run.
+def write_identity(config: Config, manifest: Manifest, world: World) -> None:
+    """Write the config, the dataset's digest and the environment of a run. Collective.
+
+    The config comes last, because it makes the directory a run.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: a file cannot be written.
     """
     if world.is_main:
         url = config.run.dir
-        if not storage.exists(f"{url}/{_CONFIG}"):
+        if not storage.exists(f"{url}/{CONFIG}"):
             storage.write_json(
-                f"{url}/{_DATASET}", {"name": manifest.name, "digest": manifest.digest}
+                f"{url}/{DATASET}", {"name": manifest.name, "digest": manifest.digest}
             )
-        storage.write_json(f"{url}/{_ENVIRONMENT}", _environment(world))
-        storage.write_text(f"{url}/{_CONFIG}", dump_config(config))
+        storage.write_json(f"{url}/{ENVIRONMENT}", environment(world))
+        storage.write_text(f"{url}/{CONFIG}", dump_config(config))
     world.barrier()
 
 
 def read_config(url: str) -> Config:
-    """The resolved config of a run.
+    """Return the resolved config of the run at ``url``.
 
     Raises:
-        UserError: there is no run there.
+        UserError: there is no run there, or its config is damaged.
     """
-    path = f"{url}/{_CONFIG}"
-    if not storage.exists(path):
-        raise UserError(f"{storage.display(url)}: no run here (no config.yaml)")
-    tree = read_yaml(storage.read_text(path), storage.display(path))
-    if not isinstance(tree, dict):
-        raise UserError(f"{storage.display(path)}: damaged; choose another run.dir")
-    return parse_config(tree, storage.display(path))
-
-
-def read_metrics(url: str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a torn last one is left out.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    path = f"{url}/metrics.jsonl"
-    found = []
-    for line in storage.read_text(path).splitlines() if storage.exists(path) else []:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and "kind" in record:
-            found.append(record)
-    return found
+    return parse_config(read_config_tree(url), storage.display(f"{url}/{CONFIG}"))
 
 
 def check_dataset(url: str, manifest: Manifest) -> None:
-    """
+    """Check that the run at ``url`` was trained on this dataset.
+
     Raises:
-        UserError: the run was trained on another dataset.
+        UserError: it was trained on another one, or its dataset.json is damaged.
     """
-    path = f"{url}/{_DATASET}"
+    path = f"{url}/{DATASET}"
     try:
         saved = json.loads(storage.read_text(path))
         name, digest = saved["name"], saved["digest"]
@@ -135,40 +111,3 @@ def _check_same(saved: Config, config: Config, where: str) -> None:
 def _flat(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     return {f"{name}.{key}": tree[name][key] for name in tree for key in tree[name]}
-
-
-def versions() -> dict[str, str]:
-    """Of this package and those that a result depends on, as installed."""
-    names = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "pyarrow", "fsspec")
-    found = {}
-    for name in ("cnsdiff_dist", *names):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _environment(world: "World") -> dict[str, Any]:
-    return {
-        "packages": versions(),
-        "python": platform.python_version(),
-        "git_revision": git_revision(),
-        "world_size": world.size,
-        "device": world.device.type,
-    }
-
-
-def git_revision() -> str | None:
-    """The commit of the code that runs, with ``+`` when files differ from it."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # else it is another's repository
-        revision = git("rev-parse", "HEAD")
-        return revision + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -1,7 +1,7 @@
-"""Metrics of this training over HTTP, for Prometheus. Rank 0 only.
+"""The metrics of a training over HTTP, for Prometheus. Rank 0 only.
 
-What is not known yet is left out: a loss of 0 before the first step, or a checkpoint of 1970, would
-set off alarms.
+A metric without a value yet is not served: a loss of 0 before the first step, or a checkpoint of
+1970, would set off alarms.
 """
 
 import time
@@ -39,11 +39,15 @@ _GAUGES = {
 _AS_LOGGED = ("loss", "samples_per_second", "read_retries", "skipped_steps")
 
 
-class Exporter(Collector):
-    """Serves while it is entered, on all interfaces; with ``port`` 0 it serves nothing.
+class MetricsServer(Collector):
+    """Serves the metrics while it is entered, on all interfaces.
+
+    The threads of the server read the values while the training changes them. So every method
+    changes them in one update of a dict, and :meth:`collect` reads copies.
 
     Args:
-        run: the label ``run`` of every metric, the run directory as it may be shown.
+        port: 0 serves nothing.
+        run: the label ``run`` of every metric: the URL of the run directory without its secrets.
         info: further labels of ``cnsdiff_run_info``.
 
     Raises:
@@ -77,36 +81,38 @@ class Exporter(Collector):
             self._thread.join()
 
     def collect(self) -> Iterator[Metric]:
-        """Called by the server's threads, while the training changes the values."""
-        labels, own = ["run"], [self._run]
+        """Yield the metrics that have values. The server's threads call this."""
         info = InfoMetricFamily("cnsdiff_run", "What is trained here")
         info.add_metric([], {"run": self._run, **self._info})
         yield info
         values = self._values.copy()
         for names, family in ((_COUNTERS, CounterMetricFamily), (_GAUGES, GaugeMetricFamily)):
             for name in (name for name in names if name in values):
-                metric = family(f"cnsdiff_{name}", names[name], labels=labels)
-                metric.add_metric(own, values[name])
+                metric = family(f"cnsdiff_{name}", names[name], labels=["run"])
+                metric.add_metric([self._run], values[name])
                 yield metric
         evaluation = GaugeMetricFamily(
-            "cnsdiff_evaluation", "The last evaluation, at the best alpha",
+            "cnsdiff_evaluation",
+            "The last evaluation, at the best alpha",
             labels=["run", "split", "metric"],
-        )  # fmt: skip
+        )
         for (split, name), value in self._evaluations.copy().items():
             evaluation.add_metric([self._run, split, name], value)
         yield evaluation
 
-    # --- what the reporter tells --------------------------------------------------------------
+    # --- called by the reporter ---------------------------------------------------------------
 
     def at(self, step: int, total: int) -> None:
+        """Set the steps that are done and those of the whole training."""
         self._values |= {"step": step, "planned_steps": total}
 
     def advance(self) -> None:
-        values = self._values  # changed in one go, as everywhere here: it may be read meanwhile
+        """Count a step."""
+        values = self._values
         values |= {"steps": values["steps"] + 1, "step": values["step"] + 1}
 
     def log(self, epoch: int, values: dict[str, float]) -> None:
-        """The ``values`` of a line of metrics.jsonl, since the line before."""
+        """Take the ``values`` of a line of metrics.jsonl, measured since the line before."""
         found = {name: values[name] for name in _AS_LOGGED if name in values}
         found |= {"epoch": epoch, "last_log_timestamp_seconds": time.time()}
         found["goodput_ratio"] = values["goodput"]
@@ -116,7 +122,7 @@ class Exporter(Collector):
         self._values |= found
 
     def committed(self, commit: Commit) -> None:
-        """The newest checkpoint; to be told again of the same one costs nothing."""
+        """Take the newest checkpoint. It may be the same as before, which costs nothing."""
         if commit.step == self._values.get("last_checkpoint_step"):
             return
         record = commit.checked
@@ -129,4 +135,5 @@ class Exporter(Collector):
         self._values |= {name: value for name, value in found.items() if value is not None}
 
     def evaluation(self, split: str, metrics: dict[str, float]) -> None:
+        """Take the metrics of the last evaluation on a split."""
         self._evaluations |= {(split, name): value for name, value in metrics.items()}

@@ -2,224 +2,151 @@
 
 Zhao et al., "Causal Negative Sampling via Diffusion Model for Out-of-Distribution
 Recommendation", arXiv 2508.07243; docs/method.md says what differs here and why.
+
+Shapes: B rows, G groups of W rows, S generated vectors of a group's pool, L noise levels.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Literal, Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import Tensor
 from torch.nn import functional
 
-from cnsdiff_dist.config import Config
+from cnsdiff_dist import sections
 from cnsdiff_dist.data.draws import Draws
-from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.stream import Batch
-from cnsdiff_dist.distributed.world import World
-from cnsdiff_dist.models import losses
-from cnsdiff_dist.models.denoiser import Denoiser
-from cnsdiff_dist.models.diffusion import Denoise, make_schedule, q_sample, reverse_levels
+from cnsdiff_dist.samplers.candidates import uniform_candidates
+from cnsdiff_dist.samplers.latent_diffusion import (
+    LatentDiffusionSampler,
+    hardest,
+    rows_learned_from,
+)
 from cnsdiff_dist.samplers.pools import KnownPositives, batch_offsets
-from cnsdiff_dist.samplers.protocol import Latents, Negatives, Pool
-from cnsdiff_dist.samplers.uniform import UniformSampler, picked
+from cnsdiff_dist.samplers.protocol import (
+    EncodedBatch,
+    Footprint,
+    Ids,
+    Negatives,
+    Pool,
+    Surroundings,
+    no_candidates,
+)
 
 
-class CNSDiffSampler:
+class CNSDiffSettings(sections.Negatives):
+    kind: Literal["cnsdiff"] = "cnsdiff"
+    share: Literal["row", "group"] = Field(
+        "group", description="who sees a generated negative; group: one pool with the positives"
+    )
+    margin: float | None = Field(
+        0.3,
+        description="group: a row leaves out generated vectors whose cosine with the user is "
+        "above the positive's minus this; null for none",
+    )
+    mix_start: tuple[float, float] = Field(
+        (3.0, 7.0), description="row: Beta(a, b) of lambda at first"
+    )
+    mix_end: tuple[float, float] = Field(
+        (3.0, 7.0), description="row: Beta(a, b) of lambda at last"
+    )
+
+    @model_validator(mode="after")
+    def _beta_is_positive(self) -> Self:
+        if min(*self.mix_start, *self.mix_end) <= 0:
+            raise ValueError("mix_start and mix_end are the parameters of a Beta: both above 0")
+        return self
+
+
+class CNSDiffSampler(LatentDiffusionSampler[CNSDiffSettings]):
     """``negatives.share`` says who sees a generated negative.
 
-    ``row``: only its own row, mixed with a uniform item as in the paper. ``group``: every row
-    of its group, in one pool with the group's positives; what a softmax wants.
+    ``row``: only the row that it was generated for, mixed with a uniform item as in the paper.
+    ``group``: every row of its group, in one pool with the group's positives, which is what a
+    softmax wants.
     """
 
-    def __init__(self, config: Config, graph: GraphArrays, environments: int, world: World) -> None:
-        self._config, self._loss, self._negatives = config.generator, config.loss, config.negatives
-        self._cosine = config.objective.similarity == "cosine"
-        self._world, self._uniform = world, UniformSampler(graph)
-        self._known = KnownPositives(graph)
-        self._schedule = make_schedule(self._config.schedule, self._config.steps).to(world.device)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.run.seed)
-            self.network: nn.Module | None = Denoiser(
-                config.model.dim,
-                self._config.steps,
-                self._config.hidden,
-                environments if "environment" in self._config.condition else 0,
-                user="user" in self._config.condition,
-            )
+    settings_type = CNSDiffSettings
 
-    def candidates(self, batch: Batch, draws: Draws) -> npt.NDArray[np.int64]:
-        if self._negatives.share == "group":
-            return np.empty((len(batch.users), 0), np.int64)
-        return self._uniform.candidates(batch, draws)
+    def __init__(self, settings: CNSDiffSettings, around: Surroundings) -> None:
+        super().__init__(settings, around)
+        self._cosine, self._known = around.cosine, KnownPositives(around.graph)
 
-    def negatives(self, latents: Latents, draws: Draws, progress: float) -> Negatives:
+    @classmethod
+    def footprint(
+        cls, settings: CNSDiffSettings, generator: sections.Generator, width: int
+    ) -> Footprint:
+        if settings.share == "row":
+            return Footprint(candidates=1, own=1)
+        generated = len(generator.levels) * rows_learned_from(generator, width)
+        return Footprint(candidates=0, own=0, pool=width + generated)
+
+    def candidates(self, batch: Batch, draws: Draws) -> Ids:
+        if self.settings.share == "group":
+            return no_candidates(batch)
+        return uniform_candidates(self.graph, batch, draws, 1)
+
+    def negatives(self, encoded: EncodedBatch, draws: Draws, progress: float) -> Negatives:
         """Negatives from one reverse chain per row, and the diffusion loss."""
-        if self._negatives.share == "group":
-            made = self.generate(latents, draws, whole=False)
-            made_GSD = torch.cat(
-                [rows.unflatten(0, (latents.groups, -1)) for rows in made.vector_LbD], dim=1
-            )
-            if self._cosine:
-                made_GSD = functional.normalize(made_GSD, dim=2)
-            return Negatives(
-                latents.candidate_BMD, pool=self._pool(made_GSD, latents),
-                hard_BD=made_GSD.flatten(0, 1), terms=made.terms, observed=made.observed,
-            )  # fmt: skip
-        made = self.generate(latents, draws, whole=True)
-        hard_BD = hardest(made.vector_LbD, latents.user_BD)
-        mix_B = draws.beta(*self._mix_at(progress))
-        mixed = mixture(hard_BD, latents.candidate_BMD[:, 0], mix_B)
-        return replace(mixed, terms=made.terms, observed=made.observed)
+        in_pool = self.settings.share == "group"
+        made = self.generate(encoded, draws, whole=not in_pool)
+        if in_pool:
+            found = self._in_pool(made.vector_LBD, encoded)
+        else:
+            hard_BD = hardest(made.vector_LBD, encoded.user_BD)
+            mix_B = draws.beta(*self._mix_at(progress))
+            found = mixture(hard_BD, encoded.candidate_BMD[:, 0], mix_B)
+        return replace(found, terms=dict(made.terms), observed=dict(made.observed))
 
-    def generate(self, latents: Latents, draws: Draws, whole: bool) -> "Generated":
-        """Learn from a share of the rows, and generate for those rows or for the ``whole``
-        batch, one vector per level and row."""
-        positive_BD, some = latents.positive_BD, self._some(latents)
-        standard = Standard(latents, some, self._world)
-        z0_BD = standard.item(positive_BD.detach() if self._config.detach else positive_BD)
-        user_BD = standard.user(latents.user_BD.detach())
-        diffusion_B, error_B = self._learn(z0_BD, user_BD, some, latents, draws)
-        with torch.no_grad():
-            noise_BD = draws.normal(z0_BD.shape[1])
-            rows = slice(None) if whole else some
-            made_LbD = self._chain(
-                z0_BD[rows], user_BD[rows], latents.environment[rows], noise_BD[rows]
-            )
-        return Generated(
-            standard.raw_item(made_LbD),
-            {"diffusion": self._loss.diffusion * diffusion_B},
-            {"denoising_error": error_B},
-        )
+    def _in_pool(self, vector_LbD: Tensor, encoded: EncodedBatch) -> Negatives:
+        made_GSD = torch.cat([encoded.by_group(vector_bD) for vector_bD in vector_LbD], dim=1)
+        if self._cosine:
+            made_GSD = functional.normalize(made_GSD, dim=2)
+        pool, hard_BD = self._pool(made_GSD, encoded), made_GSD.flatten(0, 1)
+        return Negatives(encoded.candidate_BMD, pool=pool, hard_BD=hard_BD)
 
-    def _some(self, latents: Latents) -> Tensor:
-        """The first ``train_share`` of each group's rows: rows come shuffled, so any will do."""
-        rows = torch.arange(len(latents.weight), device=latents.weight.device)
-        rows = rows.view(latents.groups, -1)
-        return rows[:, : max(1, round(rows.shape[1] * self._config.train_share))].flatten()
+    def _pool(self, made_GSD: Tensor, encoded: EncodedBatch) -> Pool:
+        """The group's positives and what was generated from some of them, [G, W + S, D].
 
-    def _learn(
-        self, z0_BD: Tensor, user_BD: Tensor, some: Tensor, latents: Latents, draws: Draws
-    ) -> tuple[Tensor, Tensor]:
-        """The diffusion loss and the denoising error [B] of ``some`` rows, scaled so that
-        their means are unbiased; 0 elsewhere."""
-        t_B, noise_BD = draws.integers(self._config.steps), draws.normal(z0_BD.shape[1])
-        loss_b, error_b = losses.diffusion(
-            self._denoise(user_BD[some], latents.environment[some]), z0_BD[some], t_B[some],
-            noise_BD[some], self._schedule, self._config.snr_clip, self._loss.causal,
-        )  # fmt: skip
-        scale = len(z0_BD) / len(some)
-        zero_B = torch.zeros_like(z0_BD[:, 0])
-        return (
-            zero_B.index_copy(0, some, loss_b * scale),
-            zero_B.index_copy(0, some, error_b * scale),
-        )
-
-    def _denoise(self, user_BD: Tensor, environment_B: Tensor) -> Denoise:
-        network = self.network
-        assert network is not None
-        return lambda zt_BD, t_B: network(zt_BD, t_B, user_BD, environment_B)
-
-    def _chain(
-        self, z0_BD: Tensor, user_BD: Tensor, environment_B: Tensor, noise_BD: Tensor
-    ) -> Tensor:
-        """Candidates at every noise level from one reverse chain, [levels, B, D]."""
-        levels = self._config.levels
-        t_B = torch.full((len(z0_BD),), levels[-1] - 1, device=z0_BD.device)
-        zt_BD = q_sample(z0_BD, t_B, noise_BD, self._schedule)
-        return reverse_levels(self._denoise(user_BD, environment_B), zt_BD, levels, self._schedule)
-
-    def _pool(self, made_GSD: Tensor, latents: Latents) -> Pool:
-        """The group's positives and what was generated from some of them, [groups, G + S, D].
-
-        A generated vector stands for as many as there are rows for each that was generated
-        from: the log of that is its offset. One that the user likes as much as the positive,
-        or nearly, is left out of the row: it may well be a positive that was not seen.
+        A generated vector stands for as many rows as there are for each row that was generated
+        from: the log of that number is its offset. A row leaves out a vector that its user likes
+        as much as the positive, or nearly: it may well be a positive that was not seen.
         """
-        weight_GB, levels = latents.weight.view(latents.groups, -1), len(self._config.levels)
-        width, made = weight_GB.shape[1], made_GSD.shape[1] // levels
-        weight_GM = weight_GB[:, :made]
-        offset_GM = torch.full_like(weight_GM, math.log(width / made))
-        offset_GM = offset_GM.masked_fill(weight_GM == 0, -torch.inf)
-        offset_BS = offset_GM.repeat(1, levels).repeat_interleave(width, 0)
-        if self._negatives.margin is not None:
-            liked_BS = too_close(made_GSD, latents, self._negatives.margin)
+        weight_GW, levels = encoded.by_group(encoded.weight_B), len(self._generator.levels)
+        width, learned = weight_GW.shape[1], made_GSD.shape[1] // levels
+        weight_Gw = weight_GW[:, :learned]
+        offset_Gw = torch.full_like(weight_Gw, math.log(width / learned))
+        offset_Gw = offset_Gw.masked_fill(weight_Gw == 0, -torch.inf)
+        offset_BS = offset_Gw.repeat(1, levels).repeat_interleave(width, 0)
+        if self.settings.margin is not None:
+            liked_BS = too_close(made_GSD, encoded, self.settings.margin)
             offset_BS = offset_BS.masked_fill(liked_BS, -torch.inf)
         return Pool(
-            torch.cat([latents.positive_BD.unflatten(0, (latents.groups, -1)), made_GSD], dim=1),
-            torch.cat([batch_offsets(self._known, latents), offset_BS], dim=1),
+            torch.cat([encoded.by_group(encoded.positive_BD), made_GSD], dim=1),
+            torch.cat([batch_offsets(self._known, encoded), offset_BS], dim=1),
         )
 
     def _mix_at(self, progress: float) -> tuple[float, float]:
-        (a0, b0), (a1, b1) = self._negatives.mix_start, self._negatives.mix_end
+        (a0, b0), (a1, b1) = self.settings.mix_start, self.settings.mix_end
         return a0 + progress * (a1 - a0), b0 + progress * (b1 - b0)
 
 
-@dataclass(frozen=True)
-class Generated:
-    """``vector_LbD``: one vector per level and row asked for, on the latents' scale."""
-
-    vector_LbD: Tensor
-    terms: dict[str, Tensor]
-    observed: dict[str, Tensor]
-
-
 def mixture(hard_BD: Tensor, random_BD: Tensor, mix_B: Tensor) -> Negatives:
-    """z_neg = lambda z_hard + (1 - lambda) h_j, one negative a row."""
+    """z_neg = lambda z_hard + (1 - lambda) h_j, one negative of each row."""
     mix_B1 = mix_B[:, None]
-    return Negatives(
-        (mix_B1 * hard_BD + (1 - mix_B1) * random_BD)[:, None], hard_BD=hard_BD,
-        contrast=(hard_BD, random_BD),
-    )  # fmt: skip
+    mixed_BD = mix_B1 * hard_BD + (1 - mix_B1) * random_BD
+    return Negatives(mixed_BD[:, None], hard_BD=hard_BD, contrast=(hard_BD, random_BD))
 
 
 @torch.no_grad()
-def too_close(vector_GSD: Tensor, latents: Latents, margin: float) -> Tensor:
+def too_close(vector_GSD: Tensor, encoded: EncodedBatch, margin: float) -> Tensor:
     """Whether cos(h_u, vector) > cos(h_u, h_i) - margin, for each row and vector of its group,
     bool [B, S]."""
     user_BD, positive_BD = (
-        functional.normalize(rows, dim=1) for rows in (latents.user_BD, latents.positive_BD)
+        functional.normalize(rows, dim=1) for rows in (encoded.user_BD, encoded.positive_BD)
     )
     bound_B1 = (user_BD * positive_BD).sum(1, keepdim=True) - margin
-    user_GWD = user_BD.unflatten(0, (latents.groups, -1))
     vector_GDS = functional.normalize(vector_GSD, dim=2).transpose(1, 2)
-    return torch.bmm(user_GWD, vector_GDS).flatten(0, 1) > bound_B1
-
-
-@torch.no_grad()
-def hardest(candidates_LBD: Tensor, user_BD: Tensor) -> Tensor:
-    """Per row, the candidate with the highest user score, [B, D]."""
-    score_LB = torch.einsum("lbd,bd->lb", candidates_LBD, user_BD)
-    return picked(candidates_LBD.transpose(0, 1), score_LB.argmax(0))
-
-
-class Standard:
-    """Per-dimension mean and standard deviation of positives and users, over ``rows`` of
-    every rank.
-
-    The generator works on latents of mean 0 and variance 1, whatever the tables' scale is;
-    that is what makes a noise schedule and a learning rate mean the same on every dataset.
-    """
-
-    def __init__(self, latents: Latents, rows: Tensor, world: World) -> None:
-        with torch.no_grad():
-            # float64: the variance is a small difference of large sums.
-            weight_b = latents.weight[rows].double()
-            both = torch.cat([latents.positive_BD[rows], latents.user_BD[rows]], dim=1).double()
-            sums = torch.stack([weight_b @ both, weight_b @ both.square()])
-            count = weight_b.sum().expand(2, 1)
-            total = world.sum(torch.cat([sums, count], dim=1))
-            mean, square = total[:, :-1] / total[:, -1:]
-            std = (square - mean * mean).clamp(min=1e-12).sqrt()
-            self._item_mean, self._user_mean = mean.float().chunk(2)
-            self.item_std, self._user_std = std.float().chunk(2)
-
-    def item(self, h_BD: Tensor) -> Tensor:
-        return (h_BD - self._item_mean) / self.item_std
-
-    def user(self, h_BD: Tensor) -> Tensor:
-        return (h_BD - self._user_mean) / self._user_std
-
-    def raw_item(self, z_BD: Tensor) -> Tensor:
-        return z_BD * self.item_std + self._item_mean
+    return torch.bmm(encoded.by_group(user_BD), vector_GDS).flatten(0, 1) > bound_B1

@@ -1,7 +1,7 @@
-"""What the rows of a group may share: the batch's own positives, minus what a user likes.
+"""Pools: the batch's own positives as negatives of every row of their group.
 
-Shapes: B rows, D embedding dim, G rows of a group; a group is one canonical stream's rows of a
-step, so that a row's pool depends neither on the world size nor on the rank.
+Shapes: B rows, G groups of W rows. A group is the rows of one canonical stream in a step, so that
+a row's pool depends neither on the world size nor on the rank.
 """
 
 import numpy as np
@@ -12,29 +12,25 @@ from torch import Tensor
 from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.distributed.world import to_device
-from cnsdiff_dist.samplers.protocol import Latents
+from cnsdiff_dist.samplers.protocol import EncodedBatch, Ids
 
 
 class KnownPositives:
     """Tells which positives of a group a user of the group has interacted with.
 
-    The work is in proportion to the train rows of the batch's distinct users; nothing is kept
+    The work is in proportion to the train rows of the batch's distinct users. Nothing is kept
     that has the length of the catalogue.
     """
 
     def __init__(self, graph: GraphArrays) -> None:
         self._train = Interactions(graph.user_indptr, graph.user_items)
 
-    def of(
-        self, users: npt.NDArray[np.int64], items: npt.NDArray[np.int64], groups: int
-    ) -> npt.NDArray[np.bool_]:
-        """Whether row b's user has item c of b's group, bool [B, G]; users and items [B]."""
+    def of(self, users: Ids, items: Ids, groups: int) -> npt.NDArray[np.bool_]:
+        """Whether the user of row b has item w of b's group, bool [B, W]; both ids are [B]."""
         pairs = zip(np.split(users, groups), np.split(items, groups), strict=True)
         return np.concatenate([self._of_group(user, item) for user, item in pairs])
 
-    def _of_group(
-        self, users: npt.NDArray[np.int64], items: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.bool_]:
+    def _of_group(self, users: Ids, items: Ids) -> npt.NDArray[np.bool_]:
         pool, column = np.unique(items, return_inverse=True)
         who, row = np.unique(users, return_inverse=True)
         owner, liked = self._train.of(who)
@@ -45,10 +41,13 @@ class KnownPositives:
         return known[row].take(column, axis=1)
 
 
-def batch_offsets(known: KnownPositives, latents: Latents) -> Tensor:
-    """0, or -inf where the group's positive c may not be a negative of row b, [B, G]:
-    c is a pad, or an item b's user has interacted with, b's own positive included."""
-    batch = latents.batch
-    out = known.of(batch.users, batch.items, latents.groups)
-    out |= np.repeat(batch.weight.reshape(latents.groups, -1) == 0, out.shape[1], axis=0)
-    return torch.where(to_device(torch.from_numpy(out), latents.user_BD.device), -torch.inf, 0.0)
+def batch_offsets(known: KnownPositives, encoded: EncodedBatch) -> Tensor:
+    """0, or -inf where positive w of the group may not be a negative of row b, [B, W].
+
+    It may not where it is a pad, or an item that b's user has interacted with, b's own positive
+    included.
+    """
+    batch = encoded.batch
+    out = known.of(batch.users, batch.items, encoded.groups)
+    out |= np.repeat(batch.weight.reshape(encoded.groups, -1) == 0, out.shape[1], axis=0)
+    return torch.where(to_device(torch.from_numpy(out), encoded.user_BD.device), -torch.inf, 0.0)

@@ -1,8 +1,8 @@
-"""SIGTERM: the platform wants its node back, and leaves some seconds to end well.
+"""SIGTERM as the notice that the platform will soon take its node back.
 
-The first one asks all ranks to stop at the same step boundary, where they checkpoint; a second one,
-more than a second later, or the end of the grace, ends the process at once. Committed checkpoints
-are safe in any case.
+The first SIGTERM asks all ranks to stop at the same step boundary and checkpoint there. A second
+one more than a second later, or the end of the grace, ends the process at once. Committed
+checkpoints are safe in any case.
 """
 
 import os
@@ -17,15 +17,16 @@ from typing import Self
 from cnsdiff_dist import logs
 from cnsdiff_dist.errors import TryAgain
 
-# One that is sent to a whole tree of processes comes a second time, from torchrun.
+# A SIGTERM that is sent to a whole tree of processes comes a second time, from torchrun.
 _ECHO_SECONDS = 1.0
 
 
 class Preemption:
-    """Watches for SIGTERM from a thread of its own.
+    """Watches for SIGTERM from its own thread; ``asked`` is set at the first one.
 
-    Python runs a signal's handler between two instructions of the main thread, which may wait in a
-    collective for minutes; the interpreter writes the signal's number into a pipe at once.
+    Python runs a signal handler between two instructions of the main thread, which may wait in a
+    collective for minutes. The interpreter writes the signal's number into a pipe at once, and the
+    thread reads the pipe.
     """
 
     def __init__(self, grace_seconds: float) -> None:
@@ -36,10 +37,10 @@ class Preemption:
         return self
 
     def watch(self) -> None:
-        """From now on; before it, SIGTERM ends the process, which has nothing to save yet."""
+        """Start to watch. Until then SIGTERM ends the process, which has nothing to save yet."""
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._undo.callback(os.close, self._write)  # the thread reads the end, and leaves
+        self._undo.callback(os.close, self._write)  # the thread reads the end of the pipe and ends
         handler = signal.signal(signal.SIGTERM, lambda *_: None)
         self._undo.callback(signal.signal, signal.SIGTERM, handler)
         wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -58,20 +59,15 @@ class Preemption:
                 again = self._sigterm_within(max(0.0, first + self._grace - time.monotonic()))
         except EOFError:
             return
-        why = "a second SIGTERM" if again else f"run.grace_seconds ({self._grace:g} s) are over"
-        line = f"{why}: left at once; committed checkpoints are kept"
-        if logs.as_json():
-            logs.write(line, "error", sys.stderr)
-        else:
-            print(f"cnsdiff: {line}", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(TryAgain.exit_code)
+        _end_process(
+            "a second SIGTERM" if again else f"run.grace_seconds ({self._grace:g} s) are over"
+        )
 
     def _sigterm_within(self, seconds: float | None) -> bool:
-        """Whether one came in time. Other signals (Ctrl-C) pass through the pipe too.
+        """Return whether a SIGTERM came in time. Other signals (Ctrl-C) use the pipe too.
 
         Raises:
-            EOFError: nobody watches any more.
+            EOFError: the context was closed.
         """
         while select.select([self._read], [], [], seconds)[0]:
             number = os.read(self._read, 1)
@@ -81,3 +77,13 @@ class Preemption:
             if signal.SIGTERM in number:
                 return True
         return False
+
+
+def _end_process(why: str) -> None:
+    line = f"{why}: left at once; committed checkpoints are kept"
+    if logs.as_json():
+        logs.write(line, "error", sys.stderr)
+    else:
+        print(f"cnsdiff: {line}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(TryAgain.exit_code)

@@ -1,4 +1,4 @@
-"""What must hold of every run, however it was disturbed: each check returns what is wrong."""
+"""The checks that every run must pass, however it was disturbed: each returns what is wrong."""
 
 import json
 import os
@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from tests.chaos.job import ROOT, Job
 from tests.chaos.store import Run, folder_of
 from tests.chaos.watch import Line
+from tests.support.saved_state import distance, read_checkpoint
 
 Place = tuple[int, int, int]
 """Epoch, step in the epoch, stream."""
@@ -57,8 +55,8 @@ def calm_of(job: Job, export: bool) -> Calm:
 
 
 def check(job: Job, calm: Calm, exact: bool) -> list[str]:
-    """Everything that must hold; ``exact``: the world had the calm run's size all the time."""
-    found = [*_batches(job, calm), *_lineage(job, calm), *_metrics(job, calm, exact)]
+    """Run all checks; ``exact`` says that the world always had the size of the calm run's."""
+    found = [*batches(job, calm), *lineage(job, calm), *metrics(job, calm, exact)]
     found += _final(job, calm, exact)
     if exact and calm.exported is not None and exported_bytes(job) != calm.exported:
         found.append("the export differs from the calm run's")
@@ -72,8 +70,8 @@ def _some(what: str, found: list[Any]) -> list[str]:
     return [f"{what}: {', '.join(map(str, found[:_SHOWN]))}{rest}"]
 
 
-def _batches(job: Job, calm: Calm) -> list[str]:
-    """Everything was trained on, always with the calm run's rows."""
+def batches(job: Job, calm: Calm) -> list[str]:
+    """Every batch was trained on, always with the rows of the calm run."""
     lines = [line for lines in job.watcher.lines().values() for line in lines]
     seen = list(places(lines))
     wrong = sorted({place for place, digest in seen if calm.hashes.get(place) != digest})
@@ -84,8 +82,8 @@ def _batches(job: Job, calm: Calm) -> list[str]:
     ]
 
 
-def _lineage(job: Job, calm: Calm) -> list[str]:
-    """A process goes on from a commit, the newest one, and so leaves no step out."""
+def lineage(job: Job, calm: Calm) -> list[str]:
+    """Every process continued from the newest commit and left no step out."""
     gaps, strange, old, torn = [], [], [], []
     reached, committed = 0, job.watcher.committed_steps() | {0}
     for attempt, lines in job.watcher.lines().items():
@@ -109,7 +107,7 @@ def _lineage(job: Job, calm: Calm) -> list[str]:
 
 
 def retrained(job: Job, calm: Calm) -> list[int]:
-    """Per restart, the steps that had been trained before and were trained again."""
+    """The number of steps that each restart trained again."""
     reached, found = 0, []
     for lines in job.watcher.lines().values():
         first, last = calm.global_step(lines[0]), calm.global_step(lines[-1]) + 1
@@ -125,8 +123,8 @@ def train_losses(job: Job) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in records if record["kind"] == "train"]
 
 
-def _metrics(job: Job, calm: Calm, exact: bool) -> list[str]:
-    """A line per step, each once and in order, with the calm run's loss."""
+def metrics(job: Job, calm: Calm, exact: bool) -> list[str]:
+    """metrics.jsonl has one line for each step, in order, with the loss of the calm run."""
     try:
         losses = train_losses(job)
     except ValueError as error:
@@ -146,23 +144,8 @@ def _metrics(job: Job, calm: Calm, exact: bool) -> list[str]:
 def final_state(
     run: Run, step: int, folder: Path
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Every tensor of a committed checkpoint, put together from its shards, and its progress."""
-    checkpoint = run.fetch(folder_of(step), folder / "last")
-    state: dict[str, Any] = {}
-    _load_state_dict(
-        state, storage_reader=FileSystemReader(checkpoint), planner=_EmptyStateDictLoadPlanner(),
-        no_dist=True,
-    )  # fmt: skip
-    progress = json.loads((checkpoint / "commit.json").read_text())["progress"]
-    return dict(_flat(state)), progress
-
-
-def _flat(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{name}/")
-        else:
-            yield above + name, value
+    """What ``read_checkpoint`` returns for a step of any run; ``folder`` takes a copy."""
+    return read_checkpoint(run.fetch(folder_of(step), folder / "last"))
 
 
 def _final(job: Job, calm: Calm, exact: bool) -> list[str]:
@@ -172,23 +155,15 @@ def _final(job: Job, calm: Calm, exact: bool) -> list[str]:
     tensors, progress = final_state(job.run, last, job.folder)
     if tensors.keys() != calm.tensors.keys():
         return [f"other tensors are saved: {sorted(tensors.keys() ^ calm.tensors.keys())}"]
-    distances = {name: _distance(tensors[name], calm.tensors[name]) for name in tensors}
+    distances = {name: distance(tensors[name], calm.tensors[name]) for name in tensors}
     if not exact:
         job.notes.append(f"largest relative distance to the calm run {max(distances.values()):.1e}")
     limit = 0.0 if exact else _RELATIVE
-    far = [f"{name} ({distance:.1e})" for name, distance in distances.items() if distance > limit]
+    far = [f"{name} ({value:.1e})" for name, value in distances.items() if value > limit]
     found = _some("tensors of the last checkpoint differ from the calm run's", far)
     if exact and progress != calm.progress:
         found.append(f"the progress is {progress}, not {calm.progress}")
     return found
-
-
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Relative to the tensor's own size; 0 only for the same bits."""
-    if torch.equal(a, b):
-        return 0.0
-    difference = float((a.double() - b.double()).abs().max())
-    return max(difference / max(float(b.abs().max()), 1e-30), 1e-30)
 
 
 def exported_bytes(job: Job) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""A training under torchrun that is started again as often as it fails, as a cluster would."""
+"""A training under torchrun that is started again whenever it fails, as a cluster does."""
 
 import os
 import signal
@@ -20,17 +20,17 @@ ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = str(Path(sys.executable).parent / "torchrun")
 STANDALONE = ["--standalone", "--nproc-per-node", "2"]
 ELASTIC = ["--max-restarts", "1000", "--monitor-interval", "0.1"]
-# torchrun (2.13) remembers on which node the ranks' store was: wrong once nodes come and go.
+# torchrun (2.13) remembers on which node the ranks' store was, which is wrong once nodes change.
 COMING_AND_GOING = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 class Stuck(Exception):
-    """What was waited for did not come."""
+    """A condition that was waited for did not come true in time."""
 
 
 @dataclass
 class Node:
-    """One torchrun agent and the ranks under it; ``prefix`` puts it into a namespace."""
+    """A torchrun agent and its ranks; ``prefix`` are the words that put it into a namespace."""
 
     words: list[str] = field(default_factory=lambda: list(STANDALONE))
     prefix: list[str] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Node:
     agent: subprocess.Popen[bytes] | None = None
 
     def ranks(self) -> list[psutil.Process]:
-        """Its worker processes, also those that are still starting."""
+        """The worker processes, including those that are still starting."""
         with suppress(psutil.Error):
             if self.agent is not None and self.agent.poll() is None:
                 return psutil.Process(self.agent.pid).children()
@@ -47,16 +47,22 @@ class Node:
 
 
 class Job:
-    """
+    """A training, started again until it finishes.
+
     Args:
         folder: where log and trace go.
         rank_prefix: words before the ranks' interpreter, such as ``env LD_PRELOAD=..``.
     """
 
     def __init__(
-        self, folder: Path, config: Path, run: Run, nodes: list[Node] | None = None,
-        environment: dict[str, str] | None = None, rank_prefix: list[str] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        config: Path,
+        run: Run,
+        nodes: list[Node] | None = None,
+        environment: dict[str, str] | None = None,
+        rank_prefix: list[str] | None = None,
+    ) -> None:
         self.folder, self.config, self.run = folder, config, run
         self.nodes = nodes or [Node()]
         self.mark = uuid.uuid4().hex
@@ -65,7 +71,7 @@ class Job:
         self.environment, self._rank_prefix = environment or {}, rank_prefix or []
         self.launches, self.exit_codes = 0, []
         self.finished = False
-        self.overlaps = False  # two trainings at once: what is newest changes while one looks
+        self.overlaps = False  # two trainings run at once, so the newest commit may change any time
         self.recoveries: list[float] = []
         self.problems: list[str] = []
         self.notes: list[str] = []
@@ -74,16 +80,12 @@ class Job:
 
     def launch(self, node: Node) -> None:
         self.launches += 1
-        environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-            "CHAOS_MARK": self.mark, "CHAOS_LAUNCH": str(self.launches),
-            "CHAOS_TRACE": str(self.trace), **self.environment, **node.environment,
-        }  # fmt: skip
+        marks = {"CHAOS_MARK": self.mark, "CHAOS_LAUNCH": str(self.launches)}
+        python = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CHAOS_TRACE": str(self.trace)}
+        environment = {**os.environ, **python, **marks, **self.environment, **node.environment}
         program = [*self._rank_prefix, sys.executable, "-u", "-m", "tests.chaos.worker"]
-        command = [
-            *node.prefix, TORCHRUN, *node.words, *ELASTIC, "--no-python", *program,
-            "train", str(self.config),
-        ]  # fmt: skip
+        agent = [*node.prefix, TORCHRUN, *node.words, *ELASTIC, "--no-python"]
+        command = [*agent, *program, "train", str(self.config)]
         with self.log.open("a") as log:
             node.agent = subprocess.Popen(
                 command, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
@@ -95,7 +97,7 @@ class Job:
                 self.launch(node)
 
     def tend(self) -> None:
-        """Start what died again; see whether the training is finished."""
+        """Start agents that died again, and notice when the training is finished."""
         for node in self.nodes:
             code = node.agent.poll() if node.agent is not None else None
             if code is None:
@@ -108,13 +110,16 @@ class Job:
                 self.launch(node)
 
     def until(
-        self, condition: Callable[[], bool], seconds: float = 120, what: str = "",
+        self,
+        condition: Callable[[], bool],
+        seconds: float = 120,
+        what: str = "",
         pause: float = 0.01,
-    ) -> bool:  # fmt: skip
-        """Tend the job until something holds; False when the training finished before.
+    ) -> bool:
+        """Tend the job until a condition holds; return False if the training finishes before.
 
         Raises:
-            Stuck: neither came.
+            Stuck: neither happened in time.
         """
         deadline = time.monotonic() + seconds
         while not condition():
@@ -134,11 +139,11 @@ class Job:
         return self.until(lambda: bool(self.watcher.attempts()))
 
     def until_world(self, size: int, seconds: float = 120) -> bool:
-        """Until a process that trains in a world of this size is the newest."""
+        """Wait until the newest process trains in a world of this size."""
         return self.until(lambda: self.watcher.world_size() == size, seconds, f"a world of {size}")
 
     def recover(self, fault: Callable[[], None], seconds: float = 120) -> bool:
-        """Do what makes new processes necessary; note how long the first of them to train took."""
+        """Make a fault, and note how long it takes until a new process trains."""
         before, started = self.watcher.attempts(), time.monotonic()
         self.disturbances += 1
         fault()
@@ -148,7 +153,7 @@ class Job:
         return there
 
     def outlast(self, end: Callable[[], None], seconds: float = 180) -> bool:
-        """After ``end`` of a disturbance: note how long until anything is trained again."""
+        """End a disturbance, and note how long it takes until any step is trained."""
         end()
         before, started = self.watcher.traced_bytes(), time.monotonic()
         there = self.until(lambda: self.watcher.traced_bytes() > before, seconds)
@@ -160,7 +165,7 @@ class Job:
         return [rank for node in self.nodes for rank in node.ranks()]
 
     def wait_for_ranks(self) -> list[psutil.Process]:
-        """At least one."""
+        """Wait until there is at least one rank, and return all."""
         found: list[psutil.Process] = []
 
         def there() -> bool:
@@ -172,7 +177,7 @@ class Job:
         return found
 
     def marked(self) -> list[psutil.Process]:
-        """Every process that comes from this job, whoever its parent is by now."""
+        """Every process that this job started, also those whose parent has died."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, FileNotFoundError):
@@ -183,7 +188,7 @@ class Job:
         return found
 
     def finish(self, seconds: float = 600) -> None:
-        """Let it train to its end undisturbed."""
+        """Wait undisturbed until the training ends."""
         if not self.finished:
             self.until(lambda: False, seconds, "the end of the training")
         deadline = time.monotonic() + 30
@@ -193,7 +198,7 @@ class Job:
                     node.agent.wait(max(0.1, deadline - time.monotonic()))
 
     def stop(self) -> None:
-        """Leave no process behind."""
+        """Kill every process of the job."""
         for _ in range(20):
             left = self.marked()
             if not left:

@@ -1,4 +1,4 @@
-"""Where scenarios run: the dataset, the calm runs they are held against, and their folders."""
+"""Where scenarios run: the dataset, their folders, and the calm runs they are compared with."""
 
 import random
 import subprocess
@@ -20,7 +20,8 @@ RETRY_SECONDS = 15  # run.retry_seconds: how long they wait for a store
 
 @dataclass
 class Lab:
-    """
+    """What all scenarios of one call share.
+
     Attributes:
         kills: how often a rank is killed at random; other scenarios have a few faults each.
         exports: compare what `cnsdiff export` writes as well.
@@ -34,7 +35,7 @@ class Lab:
 
     @property
     def dataset(self) -> Path:
-        """Made on first use, by the command line."""
+        """The dataset, which `cnsdiff prepare` makes on first use."""
         path = self.folder / "data"
         if not (path / "manifest.json").exists():
             words = ["prepare", str(path), "--synthetic", "--users", "700", "--items", "250"]
@@ -56,20 +57,22 @@ class Lab:
         return {
             "model": {"dim": 16},
             "generator": {"hidden": 32},
-            # At another world size sums round otherwise, and a vector that is just at the margin
-            # may then be left out or not: seen once in 11 runs of 144 steps, 2e-3 in the end.
+            # Another world size rounds sums differently, so that a vector just at the margin may be
+            # left out or not: seen once in 11 runs of 144 steps, a distance of 2e-3 in the end.
             "negatives": {"margin": None},
             "data": {"url": data_url, "block_rows": 300},
-            # A line a step: then their losses say that every step was the calm run's.
+            # With a line for each step, the losses show that every step is that of the calm run.
             "train": {"epochs": epochs, "batch": 512, "log_every": 1, "patience": 1_000_000},
             "checkpoint": {"every_steps": 5, "keep": 5},
             "run": {
-                "dir": run_url, "timeout_seconds": TIMEOUT_SECONDS, "retry_seconds": RETRY_SECONDS,
+                "dir": run_url,
+                "timeout_seconds": TIMEOUT_SECONDS,
+                "retry_seconds": RETRY_SECONDS,
             },
-        }  # fmt: skip
+        }
 
     def calm(self, epochs: int) -> Calm:
-        """Run once for each length."""
+        """The undisturbed run of so many epochs, which is trained on first use."""
         if epochs not in self._calm:
             name = f"calm-{epochs}"
             with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Two hosts that can lose each other, as nodes of a training."""
+"""Two nodes of a training that can lose each other."""
 
 from tests.chaos.job import COMING_AND_GOING, Node
 from tests.support.hosts import TwoHosts
@@ -7,7 +7,7 @@ _PORT = 29_411
 
 
 class TwoNodes:
-    """The first node holds the rendezvous, so it is the one that has to be there."""
+    """Two hosts, of which the first holds the rendezvous, so that the second depends on it."""
 
     def __init__(self) -> None:
         self._hosts = TwoHosts(["chaos-0"], ["chaos-1"])
@@ -23,10 +23,9 @@ class TwoNodes:
             f"is_host={index == 0},join_timeout=300,last_call_timeout=2,"
             "keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=20"
         )
-        words = [
-            "--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-id", "chaos",
-            "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self._hosts.addresses[0]}:{_PORT}",
-            "--rdzv-conf", rendezvous, "--local-addr", self._hosts.addresses[index],
-        ]  # fmt: skip
+        addresses = self._hosts.addresses
+        words = "--nnodes 1:2 --nproc-per-node 1 --rdzv-id chaos --rdzv-backend c10d".split()
+        words += ["--rdzv-endpoint", f"{addresses[0]}:{_PORT}", "--rdzv-conf", rendezvous]
+        words += ["--local-addr", addresses[index]]
         environment = {"GLOO_SOCKET_IFNAME": self._hosts.links[index], **COMING_AND_GOING}
         return Node(words, self._hosts.inside(index), environment)

@@ -1,4 +1,4 @@
-"""A TCP proxy that makes a good network bad: latency, resets, little bandwidth."""
+"""A TCP proxy that adds latency, resets connections and limits the bandwidth."""
 
 import asyncio
 import random
@@ -11,7 +11,7 @@ _CHUNK = 16_384
 
 @dataclass
 class Weather:
-    """How bad it is; may be changed while connections are open."""
+    """How bad the network is; it may be changed while connections are open."""
 
     latency: float = 0.0  # seconds added to every chunk
     reset_chance: float = 0.0  # per chunk, that its connection is reset
@@ -19,7 +19,7 @@ class Weather:
 
 
 class Proxy:
-    """Listens on a port of 127.0.0.1, in a thread of its own, and passes on to another."""
+    """Passes connections on from one port of 127.0.0.1 to another, in a thread of its own."""
 
     def __init__(self, target: int, seed: int) -> None:
         self.weather, self.resets = Weather(), 0

@@ -1,4 +1,4 @@
-"""Looks at a run directory from outside the run: which checkpoints are committed, and when."""
+"""Run directories seen from outside: which checkpoints are committed, and when."""
 
 import shutil
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tests.support.s3server import S3Server
 
 @dataclass(frozen=True)
 class Seen:
-    """A commit.json: of which step, and which writing of it (a step may be saved again)."""
+    """One writing of a step's commit.json; a step may be saved again."""
 
     step: int
     written: str
@@ -32,7 +32,7 @@ class LocalRun:
         return found
 
     def unfinished(self) -> set[str]:
-        """Names of checkpoints that are being written: there, but not committed."""
+        """Names of the checkpoints that are there but not committed."""
         with suppress(FileNotFoundError):
             folders = list((self.folder / "checkpoints").glob("step-*"))
             return {path.name for path in folders if not (path / "commit.json").exists()}

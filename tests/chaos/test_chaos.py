@@ -1,4 +1,4 @@
-"""Trainings that are broken on purpose; ``python -m tests.chaos`` breaks them for longer."""
+"""Trainings that are disturbed on purpose; ``python -m tests.chaos`` disturbs them for longer."""
 
 import json
 import re
@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.chaos.invariants import Calm, _batches, _distance, _lineage, _metrics
+from tests.chaos.invariants import Calm, batches, lineage, metrics
 from tests.chaos.job import ROOT
-from tests.chaos.scenarios import FAKETIME
+from tests.chaos.machine_faults import FAKETIME
 from tests.chaos.watch import Line
 from tests.support import hosts
+from tests.support.saved_state import distance
 
 
 def chaos(tmp_path: Path, seconds: float, *words: str) -> list[dict[str, Any]]:
-    """The report's scenarios. It is a process of its own, which ends what it started."""
+    """Run the tool as a process, which ends what it started, and return its report's scenarios."""
     out = tmp_path / "report.json"
     command = [sys.executable, "-m", "tests.chaos", "--out", str(out), "--work", str(tmp_path)]
     process = subprocess.Popen(
@@ -57,7 +58,7 @@ def _skip_where_it_cannot_be_done(fault: str) -> None:
         pytest.skip(f"{fault} needs: {command} ({done.stderr.strip()})")
 
 
-# Faults of a group are held against one calm run.
+# The faults of one case are compared with one calm run.
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(1750)
@@ -86,7 +87,7 @@ def test_trouble_is_survived(faults: str, tmp_path: Path) -> None:
 
 
 class _Watched:
-    """Two processes of one rank, the second from a checkpoint at step 2, and their run."""
+    """Stands for a job: two processes of one rank, the second of which began at step 2."""
 
     def __init__(self, folder: Path) -> None:
         self.traces = {
@@ -123,7 +124,7 @@ def wrong(watched: _Watched) -> str:
     places = {(s // 3, s % 3, c): f"{('hash', 'other')[c]} {s}" for s in range(6) for c in (0, 1)}
     calm = Calm(places, 3, 6, {}, {}, {step: 1.0 / step for step in range(1, 7)}, None)
     job: Any = watched
-    found = [*_batches(job, calm), *_lineage(job, calm), *_metrics(job, calm, exact=True)]
+    found = [*batches(job, calm), *lineage(job, calm), *metrics(job, calm, exact=True)]
     return "; ".join(found)
 
 
@@ -154,5 +155,5 @@ def test_the_checker_sees(spoil: Callable[[_Watched], Any], complaint: str, tmp_
 
 def test_tensors_are_the_same_to_the_bit_or_not() -> None:
     one = torch.tensor([1.0, 2.0])
-    assert _distance(one, one.clone()) == 0.0
-    assert 0 < _distance(one, torch.nextafter(one, 2 * one)) < 1e-6
+    assert distance(one, one.clone()) == 0.0
+    assert 0 < distance(one, torch.nextafter(one, 2 * one)) < 1e-6

@@ -1,4 +1,4 @@
-"""A thread that notes, on the harness's own clock, what a run does: first steps and commits."""
+"""A thread that notes the first steps and the commits of a run by the clock of this process."""
 
 import json
 import threading
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tests.chaos.store import Run, Seen
 
-# A start is held against what was committed this long before its first step: what is newer may
-# have come after the rank had looked. Starting up takes longer than this.
+# A process must continue from what was committed this many seconds before its first step. A newer
+# commit may have come after the process looked; starting up takes longer than this.
 _SETTLED = 2.0
 
 
@@ -58,7 +58,7 @@ class Watcher:
         return set(self.started)
 
     def world_size(self) -> int:
-        """Of the process that began last; 0 before the first step."""
+        """The world size of the process that began last; 0 before the first step."""
         newest = max(self.started, key=lambda attempt: self.started[attempt], default=None)
         return read_trace(self._trace / f"{newest}.jsonl")[0].size if newest else 0
 
@@ -71,13 +71,13 @@ class Watcher:
         return {attempt: read_trace(self._trace / f"{attempt}.jsonl") for attempt in order}
 
     def newest_commit(self, attempt: str) -> int:
-        """The step that a process should have started from: at least this one."""
+        """The least step from which a process should have continued."""
         limit = self.started[attempt] - _SETTLED
         known = list(self.commits.items())
         return max((c.step for c, at in known if at < limit and c not in self.damaged), default=0)
 
     def damage(self, step: int) -> None:
-        """The commits of a step, as they are now, no longer count."""
+        """Stop counting the present commits of a step."""
         self.damaged |= {commit for commit in list(self.commits) if commit.step == step}
 
     def committed_steps(self) -> set[int]:

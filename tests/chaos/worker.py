@@ -1,6 +1,6 @@
-"""What the ranks of a chaos run execute: the product, with every step it trained written down.
+"""What the ranks of a chaos run execute: the product, with a trace of every step it trains.
 
-The product has no hooks for tests; ``Trainer.step`` is wrapped from here. Rows of a batch are in
+The product has no hooks for tests, so ``Trainer.take_step`` is wrapped here. Rows of a batch are in
 stream order, so a hash per stream can be compared between worlds of different sizes.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 
 def stream_hashes(batch: Any) -> dict[str, str]:
-    """Of the users, items and weights that each of the rank's streams gave to the step."""
+    """A hash of the users, items and weights of each of the rank's streams in a step."""
     sides = [
         side.reshape(len(batch.streams), -1) for side in (batch.users, batch.items, batch.weight)
     ]
@@ -31,7 +31,7 @@ def stream_hashes(batch: Any) -> dict[str, str]:
 
 
 class Trace:
-    """One file per process: a line per step, whole or not there, in the kernel at once."""
+    """A file of one process, with a line for each step; each line is one write, so it is whole."""
 
     def __init__(self, folder: Path) -> None:
         launch, restart = os.environ["CHAOS_LAUNCH"], os.environ.get("TORCHELASTIC_RESTART_COUNT")
@@ -63,8 +63,11 @@ def traced(step: Callable[..., Any], trace: Trace, pause: float) -> Callable[...
 
 
 def sleep_by_select() -> None:
-    """libfaketime 0.9.10 takes the monotonic deadline of Python's sleep for one of the clock that
-    it fakes, and the sleep fails; select's timeout is relative, so nothing can be mistaken."""
+    """Make time.sleep use select, whose timeout is relative.
+
+    Python's sleep passes a deadline of the monotonic clock. libfaketime 0.9.10 takes it for one of
+    the clock that it fakes, and the sleep fails.
+    """
     time.sleep = lambda seconds: select.select([], [], [], seconds) and None
 
 
@@ -78,7 +81,9 @@ def main() -> None:
 
     trace = Trace(Path(os.environ["CHAOS_TRACE"]))
     pause = float(os.environ.get("CHAOS_STEP_SECONDS", "0"))
-    Trainer.step = traced(Trainer.step, trace, pause)  # type: ignore[method-assign]
+    Trainer.take_step = traced(  # type: ignore[method-assign]
+        Trainer.take_step, trace, pause
+    )
     cli.entry()
 
 

@@ -15,12 +15,13 @@ from cnsdiff_dist.checkpoint.manager import Checkpoints
 from cnsdiff_dist.cli import main
 from cnsdiff_dist.commands.train import train
 from cnsdiff_dist.config import Config
-from cnsdiff_dist.distributed.world import World
+from cnsdiff_dist.distributed.world import World, join_world
 from cnsdiff_dist.errors import TryAgain, UserError
 from cnsdiff_dist.inference.trained_model import open_trained
 from tests.support.ranks import run_ranks
 from tests.support.sealing import seal
 from tests.support.small import small_config
+from tests.support.trainers import new_trainer
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +48,8 @@ def _steps(run: Path) -> list[Path]:
 
 def _resume(dataset: str, run: Path, world: World) -> tuple[int, list[str]]:
     """The step a training goes on from, and what it says of damaged checkpoints."""
-    from tests.training.test_train import _trainer
-
     said: list[str] = []
-    commit = _trainer(_config(dataset, run), world).resume(said.append)
+    commit = new_trainer(_config(dataset, run), world).resume(said.append)
     return (commit.step if commit else 0), said
 
 
@@ -245,8 +244,6 @@ def test_a_write_that_keeps_failing_leaves_nothing(
 
 
 def _save_on_ranks(url: str, failing: int | None) -> Any:
-    from cnsdiff_dist.distributed.world import join_world
-
     world = join_world(60)
     checkpoints = Checkpoints(url, world)
     state = {"x": torch.full((3,), 1.0 + world.rank), f"own-{world.rank}": torch.ones(2)}

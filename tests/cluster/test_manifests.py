@@ -18,10 +18,17 @@ from cnsdiff_dist.cluster.manifests import Launch, render
 from cnsdiff_dist.config import Config, load_config
 from cnsdiff_dist.errors import UserError
 from tests.support.kubelet import environment, labels
+from tests.support.rendered import action, pod_spec
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
 OVERLAYS = ROOT / "launch" / "k8s" / "overlays"
+
+
 VERSIONS = ("1.31", "1.32", "1.33", "1.34", "1.35")
+
+
 TYPES = {
     "JobSet": models.JobsetV1alpha2JobSet,
     "TrainJob": models.TrainerV1alpha1TrainJob,
@@ -30,7 +37,7 @@ TYPES = {
 
 
 def _launch(kind: str, gpus: bool, **values: Any) -> Launch:
-    """What the overlays say."""
+    """The launch that the overlays describe."""
     sizes = {"ranks": 8, "cpus": 64, "memory_gib": 512} if gpus else {}
     values = {"nodes": 2, "namespace": "cnsdiff", **sizes, **values}
     return Launch(
@@ -56,7 +63,7 @@ def _problems(tree: dict[str, Any]) -> list[str]:
 
 
 def _difference(one: Any, other: Any, where: str = "", more: bool = False) -> list[str]:
-    """Where they differ; with ``more`` the other's mappings may have further keys."""
+    """Where two trees differ; with ``more`` the mappings of the second may have further keys."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys = one.keys() if more else one.keys() | other.keys()
         pairs = [(f"{where}.{key}", one.get(key), other.get(key)) for key in keys]
@@ -71,9 +78,14 @@ def _difference(one: Any, other: Any, where: str = "", more: bool = False) -> li
 @pytest.mark.parametrize("kind", manifests.KINDS)
 def test_every_object_is_valid_and_strictly_so(kind: str, gpus: bool) -> None:
     full = _launch(
-        kind, gpus, env={"AWS_REGION": "eu-1"}, secrets=("store",), volumes={"/mnt": "claim"},
-        identity={"eks.amazonaws.com/role-arn": "arn:x"}, schedule="0 4 * * *",
-    )  # fmt: skip
+        kind,
+        gpus,
+        env={"AWS_REGION": "eu-1"},
+        secrets=("store",),
+        volumes={"/mnt": "claim"},
+        identity={"eks.amazonaws.com/role-arn": "arn:x"},
+        schedule="0 4 * * *",
+    )
     for launch in (_launch(kind, gpus), full):
         for tree in render(launch):
             assert not _problems(tree), (tree["kind"], _problems(tree))
@@ -101,7 +113,7 @@ def test_the_validation_sees_an_unknown_field(kind: str, path: str) -> None:
 
 
 def _plain(tree: Any) -> Any:
-    """Without what does not matter: the order of named things, empty mappings."""
+    """The tree with named things sorted and without empty mappings, neither of which matters."""
     if isinstance(tree, dict):
         return {key: _plain(value) for key, value in tree.items() if value != {}}
     if isinstance(tree, list):
@@ -143,21 +155,6 @@ def test_the_example_config_is_one(tmp_path: Path) -> None:
     config = load_config(str(tmp_path / "config.yaml"), [])
     assert config.data.url == "s3://bucket/data"
     assert config.data.streams % (2 * 8) == 0  # the largest overlay's world
-
-
-def pod_spec(trees: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The Job's spec, wherever it is, and its pod's."""
-    for tree in trees:
-        spec = tree.get("spec", {})
-        if tree["kind"] == "Job":
-            return spec, spec["template"]["spec"]
-        if tree["kind"] == "CronJob":
-            spec = spec["jobTemplate"]["spec"]
-            return spec, spec["template"]["spec"]
-        if tree["kind"] in ("JobSet", "TrainingRuntime"):
-            spec = spec.get("template", tree)["spec"]["replicatedJobs"][0]["template"]["spec"]
-            return spec, spec["template"]["spec"]
-    raise AssertionError("no pod")
 
 
 @pytest.mark.parametrize("kind", manifests.KINDS)
@@ -205,18 +202,6 @@ def test_pods_are_confined_and_have_time_to_end(kind: str, gpus: bool) -> None:
     assert gpu == ("8" if gpus else None)
 
 
-def action(job_spec: dict[str, Any], code: int, disrupted: bool = False) -> str:
-    """What the Job controller does with a failed pod: the first rule that matches."""
-    for rule in job_spec["podFailurePolicy"]["rules"]:
-        codes = rule.get("onExitCodes")
-        if codes and codes["operator"] == "In" and code in codes["values"]:
-            return str(rule["action"])
-        conditions = rule.get("onPodConditions", [])
-        if disrupted and any(c["type"] == "DisruptionTarget" for c in conditions):
-            return str(rule["action"])
-    return "Count"
-
-
 @pytest.mark.parametrize("kind", manifests.KINDS)
 def test_exit_codes_decide_what_is_tried_again(kind: str) -> None:
     spec, pod = pod_spec(render(_launch(kind, True)))
@@ -239,9 +224,19 @@ def test_the_command_line_renders_a_run(
     where = ("data.url=s3://b/data", "run.dir=s3://b/run", "train.epochs=3", "run.grace_seconds=9")
     sizes = ("--users", "1e6", "--items", "1e5", "--edges", "1e7")
     trees = _rendered(
-        capsys, "configs/demo.yaml", "--image", "i:1", "--nodes", "4", "--gpus-per-node", "2",
-        "--name", "first", *sizes, *where,
-    )  # fmt: skip
+        capsys,
+        "configs/demo.yaml",
+        "--image",
+        "i:1",
+        "--nodes",
+        "4",
+        "--gpus-per-node",
+        "2",
+        "--name",
+        "first",
+        *sizes,
+        *where,
+    )
     job, pod = pod_spec(trees)
     node = pod["containers"][0]
     assert job["completions"] == job["parallelism"] == 4 and node["image"] == "i:1"
@@ -273,7 +268,7 @@ def test_the_command_line_renders_a_run(
         (("--kind", "nightly", "--env", "LOGS=s3://b/l"), "--env NIGHTLY=URL"),
         (("data.ulr=s3://b/d",), "did you mean data.url"),
     ],
-)  # fmt: skip
+)
 def test_what_would_fail_on_the_cluster_is_refused_here(
     words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Rendered manifests, run: their pods' own command and environment, on two hosts."""
+"""The pods of rendered manifests, run on two hosts with their own command and environment."""
 
 import json
 import shutil
@@ -14,11 +14,10 @@ import pytest
 import yaml
 
 from cnsdiff_dist.cli import main
-from tests.cluster.test_manifests import action, pod_spec
-from tests.distributed.test_launcher import assert_same_training, launched, until
 from tests.support.hosts import TwoHosts, why_not
-from tests.support.kubelet import Pod, environment, labels
-from tests.support.small import small_config
+from tests.support.kubelet import Mounts, Pod, environment, labels
+from tests.support.launching import assert_same_training, launched, until, written_config
+from tests.support.rendered import action, pod_spec
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,7 +54,7 @@ class Cluster:
         self._stack.close()
 
     def seen_from_the_second_host(self, address: str) -> str:
-        """What a GET of it answers; empty while nothing does."""
+        """The answer to a GET; empty while nothing answers."""
         read = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=5).read())"
         command = [*self.hosts.inside(1), sys.executable, "-c", read, f"http://{address}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -63,17 +62,16 @@ class Cluster:
 
     def start(self, index: int) -> Pod:
         self._pods += 1
-        pod = Pod(
-            self._pod, self.name, index, self.hosts, self._folder / f"pod-{self._pods}",
-            self._configs, {"claim": self._volume}, OMP_NUM_THREADS="1",
-        )  # fmt: skip
+        mounts = Mounts(self._configs, {"claim": self._volume})
+        folder = self._folder / f"pod-{self._pods}"
+        pod = Pod(self._pod, self.name, index, self.hosts, folder, mounts, OMP_NUM_THREADS="1")
         self._stack.callback(pod.remove)
         return pod
 
 
 @pytest.fixture
 def volume(tmp_path: Path) -> Path:
-    """What both nodes mount; pods are user 1000."""
+    """A folder that both nodes mount and that user 1000, which pods have, may write."""
     folder = tmp_path / "volume"
     folder.mkdir()
     folder.chmod(0o777)
@@ -87,13 +85,10 @@ def rendered(
     shutil.copytree(dataset, volume / "data")
 
     def render(*words: str, **train: Any) -> list[dict[str, Any]]:
-        sections = {"train": train, "checkpoint": {"every_steps": 5}}
-        tree = small_config(dataset, "unused", **sections).model_dump(mode="json")
-        config = tmp_path / "first.yaml"
-        config.write_text(yaml.safe_dump(tree))
+        config = written_config(dataset, tmp_path, "first", **train)
         sizes = ("--nodes", "2", "--gpus-per-node", "2", "--device", "cpu", "--memory", "4")
         where = (f"data.url={_CLAIM}/data", f"run.dir={_CLAIM}/run")
-        command = ["launch", "k8s", str(config), *where, "--image", "i", *sizes]
+        command = ["launch", "k8s", config, *where, "--image", "i", *sizes]
         assert main([*command, "--volume", f"claim={_CLAIM}", *words]) == 0
         return list(yaml.safe_load_all(capsys.readouterr().out))
 
@@ -102,10 +97,8 @@ def rendered(
 
 def _one_box(dataset: str, folder: Path, **train: Any) -> Path:
     """The same training by four ranks of one box."""
-    sections = {"train": train, "checkpoint": {"every_steps": 5}}
-    tree = small_config(dataset, folder / "box", **sections).model_dump(mode="json")
-    (folder / "box.yaml").write_text(yaml.safe_dump(tree))
-    with launched("train", str(folder / "box.yaml"), PET_NPROC_PER_NODE="4") as box:
+    config = written_config(dataset, folder, "box", **train)
+    with launched("train", config, PET_NPROC_PER_NODE="4") as box:
         assert box.wait(200) == 0
     return folder / "box"
 
@@ -172,11 +165,8 @@ def test_a_night_from_logs_to_embeddings(
     (volume / f"log-{datetime.now(UTC) - timedelta(days=1):%Y}.csv").write_text(
         "\n".join(["user,item,timestamp", *rows])
     )
-    words = {
-        "LOGS": f"{_CLAIM}/log-%Y.csv", "NIGHTLY": f"{_CLAIM}/nightly",
-        "PREPARE": "--shift temporal --duplicates drop",
-    }  # fmt: skip
-    env = [word for name, value in words.items() for word in ("--env", f"{name}={value}")]
+    env = ["--env", f"LOGS={_CLAIM}/log-%Y.csv", "--env", f"NIGHTLY={_CLAIM}/nightly"]
+    env += ["--env", "PREPARE=--shift temporal --duplicates drop"]
     with Cluster(tmp_path, volume, rendered("--kind", "nightly", *env)) as cluster:
         second, first = cluster.start(1), cluster.start(0)
         code, said = first.ended(300)

@@ -13,17 +13,14 @@ import yaml
 
 from cnsdiff_dist.cli import main
 from tests.support.ranks import files_under
-from tests.support.small import small_config
+from tests.support.small import write_config
 
 Capsys = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
 def config(dataset: str, tmp_path: Path) -> str:
-    path = tmp_path / "small.yaml"
-    tree = small_config(dataset, tmp_path / "run", train={"epochs": 1}).model_dump(mode="json")
-    path.write_text(yaml.safe_dump(tree))
-    return str(path)
+    return write_config(tmp_path / "small.yaml", dataset, tmp_path / "run", train={"epochs": 1})
 
 
 def refusal(capsys: Capsys, *words: object) -> str:
@@ -221,8 +218,12 @@ def test_read_only_output(config: str, tmp_path: Path, capsys: Capsys) -> None:
 def _shell(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "cnsdiff_dist", *words],
-        capture_output=True, text=True, check=False, timeout=120, env={**os.environ, **environment},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
 
 
 def test_training_is_quiet_and_says_what_it_does(config: str, tmp_path: Path) -> None:
@@ -237,20 +238,10 @@ def test_training_is_quiet_and_says_what_it_does(config: str, tmp_path: Path) ->
 
 @pytest.mark.distributed
 def test_a_world_size_that_does_not_fit(config: str, tmp_path: Path) -> None:
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "3",
-        "-m",
-        "cnsdiff_dist",
-    ]
+    words = "-m torch.distributed.run --standalone --nproc-per-node 3 -m cnsdiff_dist train".split()
     done = subprocess.run(
-        [*launch, "train", config],
-        capture_output=True, text=True, check=False, timeout=200,
-    )  # fmt: skip
+        [sys.executable, *words, config], capture_output=True, text=True, check=False, timeout=200
+    )
     assert done.returncode != 0
     assert "a world of 3 ranks does not divide data.streams=8" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from cnsdiff_dist.cli import main
-from cnsdiff_dist.comparison.results import best_other, finished_runs, paired_bootstrap, verdict
+from cnsdiff_dist.comparison.results import best_other, finished_runs, verdict
 from cnsdiff_dist.comparison.scheduler import best_trial
-from cnsdiff_dist.comparison.single_run import selection
+from cnsdiff_dist.comparison.significance import paired_bootstrap
+from cnsdiff_dist.comparison.single_run import best_validation
 from cnsdiff_dist.comparison.suite import jobs_of, load_suite, trials
 from cnsdiff_dist.errors import UserError
 
@@ -76,11 +77,11 @@ def test_random_trials_are_distinct_repeatable_and_as_many_for_every_method(tmp_
     search = {"kind": "random", "trials": 5, "space": space}
     suite = load_suite(_suite(tmp_path, search=search))
     for method in suite.methods:
-        found = trials(suite, "data", method)
-        assert found == trials(suite, "data", method) and len(found) == 5
+        found = trials(suite, ("data", method))
+        assert found == trials(suite, ("data", method)) and len(found) == 5
         assert len({json.dumps(values) for values in found}) == 5
         assert all(0.01 <= values["tables.lr"] <= 0.1 for values in found)
-    assert trials(suite, "data", "ours") != trials(suite, "data", "dns")
+    assert trials(suite, ("data", "ours")) != trials(suite, ("data", "dns"))
 
 
 def test_the_best_trial_is_the_first_of_equals() -> None:
@@ -98,7 +99,7 @@ def test_selection_reads_validation_alone(tmp_path: Path) -> None:
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "val'
     (tmp_path / "metrics.jsonl").write_text(text)
-    found = selection(str(tmp_path))
+    found = best_validation(str(tmp_path))
     assert (found["step"], found["value"], found["split"]) == (9, 0.3, "valid_ood")
 
 
@@ -122,9 +123,11 @@ def test_a_suite_from_end_to_end(
     methods = {
         "ours": {},
         "dns": {"set": {"negatives.kind": "dns", "objective.kind": "bpr"}},
-        "broken": {"set": {"tables.lr": 1e30, "tables.optimizer": "sgd"},
-                   "search": {"model.layers": [0, 1]}},
-    }  # fmt: skip
+        "broken": {
+            "set": {"tables.lr": 1e30, "tables.optimizer": "sgd"},
+            "search": {"model.layers": [0, 1]},
+        },
+    }
     data = {"data": {"url": dataset, "select": "valid_ood"}}
     path, out = _suite(tmp_path, methods=methods, datasets=data), tmp_path / "out"
     assert main(["compare", path, "--processes", "2"]) == 2
@@ -151,14 +154,15 @@ def test_a_suite_from_end_to_end(
     found = verdict(suite, runs, "data", "calibrated")
     ratios = []
     for metric in ("recall@10", "recall@20", "ndcg@10", "ndcg@20"):
+        chosen = [
+            row
+            for row in rows
+            if row["chosen"] and row["split"] == "test_ood" and row["adjustment"] == "calibrated"
+        ]
         sides = [
-            np.mean([
-                row[metric] for row in rows
-                if row["chosen"] and row["method"] == method and row["split"] == "test_ood"
-                and row["adjustment"] == "calibrated"
-            ])
+            np.mean([row[metric] for row in chosen if row["method"] == method])
             for method in ("ours", "dns")
-        ]  # fmt: skip
+        ]
         ratios.append(sides[0] / sides[1])
     assert found is not None and found.gain == pytest.approx(np.mean(ratios) - 1)
 
@@ -168,7 +172,7 @@ def test_a_suite_from_end_to_end(
     assert all(link.startswith("#") for link in links) and "<script" not in page
 
     # Again: only what is missing is run.
-    victim = Path(jobs_of(suite, "data", "dns")[0][0].url)
+    victim = Path(jobs_of(suite, ("data", "dns"))[0][0].url)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
     (victim / "result.json").unlink()
     assert main(["compare", path]) == 2
@@ -181,13 +185,16 @@ def test_a_stopped_suite_takes_its_workers_along(
     dataset: str, tmp_path: Path, number: signal.Signals
 ) -> None:
     path = _suite(
-        tmp_path, datasets={"data": {"url": dataset, "select": "valid_ood"}},
+        tmp_path,
+        datasets={"data": {"url": dataset, "select": "valid_ood"}},
         base={"train.epochs": 1000, "train.patience": 1000},
-    )  # fmt: skip
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "cnsdiff_dist", "compare", path, "--processes", "2"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 180
     while len(list(tmp_path.rglob("metrics.jsonl"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)

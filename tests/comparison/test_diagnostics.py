@@ -10,21 +10,21 @@ import pytest
 import torch
 
 from cnsdiff_dist.commands.train import train
-from cnsdiff_dist.comparison.diagnostics import _Probe, _synthetic, diagnose, read_diagnostics
+from cnsdiff_dist.comparison.diagnostics import Probe, _generated, diagnose, read_diagnostics
 from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.dataset import load_manifest, read_split
 from cnsdiff_dist.data.draws import Draws
-from cnsdiff_dist.data.graph import open_graph
 from cnsdiff_dist.distributed.world import World
-from cnsdiff_dist.samplers.protocol import Latents, Negatives, Pool
-from cnsdiff_dist.training.loop import Trainer
+from cnsdiff_dist.runs.opened import OpenRun
+from cnsdiff_dist.samplers.protocol import EncodedBatch, Negatives, Pool
+from cnsdiff_dist.training.step import TrainStep
 from tests.support.small import small_config
 
 
-def _probe(config: Config, world: World) -> _Probe:
-    manifest = load_manifest(config.data.url)
-    graph = open_graph(config.data.url, manifest)
-    return _Probe(config, manifest, graph, Trainer(config, manifest, graph, world))
+def _probe(config: Config, world: World) -> Probe:
+    run = OpenRun(config, load_manifest(config.data.url), world)
+    step = TrainStep(config, run.graph, run.manifest.environments, world)
+    return Probe(run, step, 0.0)
 
 
 def _held_out(dataset: str) -> dict[int, set[int]]:
@@ -43,18 +43,18 @@ def test_a_sampler_of_held_out_positives_is_always_false_and_another_never(
     config = small_config(dataset, tmp_path, negatives={"kind": "uniform"})
     probe, held_out = _probe(config, world), _held_out(dataset)
 
-    def negatives(latents: Latents, draws: Draws, progress: float) -> Negatives:
+    def negatives(encoded: EncodedBatch, draws: Draws, progress: float) -> Negatives:
         items = []
-        for user in latents.batch.users.tolist():
+        for user in encoded.batch.users.tolist():
             liked = held_out.get(user, set())
             never = min(set(range(len(probe._item_ID))) - liked)
             items.append(min(liked) if false and liked else never)
         item_BN = torch.tensor(items)[:, None]
         return Negatives(probe._item_ID[item_BN], item_BN)
 
-    probe._trainer.sampler.negatives = negatives  # type: ignore[method-assign]
+    probe._step.sampler.negatives = negatives  # type: ignore[method-assign]
     with torch.no_grad():
-        result = probe.run(steps=2)
+        result = probe.measure(steps=2)
     assert result["false_hard_negatives"] == result["false_negatives"] == rate
     assert 0 < result["chance"] < 0.5
 
@@ -67,11 +67,11 @@ def test_of_shared_vectors_one_that_the_row_does_not_leave_out(hardest: bool) ->
     logit_BS[5] = -torch.inf
     logit_BS[:5, 2] = logit_BS[6:, 2] = 0.0
     logit_BN = torch.cat([torch.full((groups * width, 9), 5.0), logit_BS], dim=1)
-    negatives = Negatives(
-        torch.empty(groups * width, 0, 3), hard_BD=made_GSD.flatten(0, 1),
-        pool=Pool(made_GSD, logit_BN),
-    )  # fmt: skip
-    got = _synthetic(SimpleNamespace(groups=groups), negatives, logit_BN, hardest)  # type: ignore[arg-type]
+    own_BND, hard_BD = torch.empty(groups * width, 0, 3), made_GSD.flatten(0, 1)
+    negatives = Negatives(own_BND, hard_BD=hard_BD, pool=Pool(made_GSD, logit_BN))
+    encoded: Any = SimpleNamespace(by_group=lambda rows: rows.unflatten(0, (groups, -1)))
+    encoded.groups = groups
+    got = _generated(encoded, negatives, logit_BN, hardest)
     for row in range(groups * width):
         seen = [c for c in range(shared) if logit_BS[row, c] > -torch.inf]
         if not seen:
@@ -87,17 +87,17 @@ def test_the_variance_that_the_condition_explains(
     dataset: str, tmp_path: Path, world: World, explained: float, by_source: bool
 ) -> None:
     probe = _probe(small_config(dataset, tmp_path), world)
-    sampler = probe._trainer.sampler
+    sampler = probe._step.sampler
     make = sampler.negatives
 
-    def negatives(latents: Latents, draws: Draws, progress: float) -> Negatives:
-        made = make(latents, draws, progress)
-        known = latents.positive_BD if by_source else draws.normal(16)
+    def negatives(encoded: EncodedBatch, draws: Draws, progress: float) -> Negatives:
+        made = make(encoded, draws, progress)
+        known = encoded.positive_BD if by_source else draws.normal(16)
         return replace(made, hard_BD=known)
 
     sampler.negatives = negatives  # type: ignore[method-assign]
     with torch.no_grad():
-        result = probe.run(steps=3)
+        result = probe.measure(steps=3)
     assert result["condition_variance"] == pytest.approx(explained, abs=0.1)
 
 
@@ -110,9 +110,10 @@ def test_the_nearest_item_is_that_of_a_loop(dataset: str, tmp_path: Path, world:
         train_items = graph.user_items[graph.user_indptr[user] : graph.user_indptr[user + 1]]
         allowed = [i for i in range(len(probe._item_ID)) if i not in set(train_items.tolist())]
         cosine = {
-            i: float(torch.cosine_similarity(vector, probe._item_ID[i], dim=0)) for i in allowed
+            i: float(torch.cosine_similarity(vector, probe._item_ID[i], dim=0))
+            for i in allowed
             if probe._item_ID[i].norm() > 0
-        }  # fmt: skip
+        }
         assert cosine[int(item)] == pytest.approx(max(cosine.values()), abs=1e-5)
 
 

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from cnsdiff_dist.config import Generator
 from cnsdiff_dist.distributed.dense_engine import DenseEngine, State
 from cnsdiff_dist.distributed.world import World, join_world
 from cnsdiff_dist.models.denoiser import Denoiser
+from cnsdiff_dist.sections import Generator
 from tests.support.ranks import run_ranks
 
 DIM, ROWS = 8, 16

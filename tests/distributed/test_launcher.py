@@ -4,89 +4,32 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import yaml
 
-from cnsdiff_dist.distributed import launcher
-from tests.chaos.invariants import _distance, final_state
-from tests.chaos.store import LocalRun
+from cnsdiff_dist.distributed import health, launcher
+from cnsdiff_dist.distributed.node_network import _interface_towards, _is_own_address
 from tests.support.hosts import TwoHosts, why_not
+from tests.support.launching import (
+    ROOT,
+    SCRIPT,
+    assert_same_training,
+    ended,
+    launched,
+    until,
+    until_trained,
+    written_config,
+)
 from tests.support.ports import free_port
-from tests.support.small import small_config
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = str(ROOT / "launch" / "torchrun.sh")
 two_hosts = pytest.mark.skipif(bool(why_not()), reason=why_not() or "")
-
-
-def written_config(dataset: str, folder: Path, run: str, **train: Any) -> str:
-    """A file for a training whose batches four ranks share."""
-    sections = {"train": train, "checkpoint": {"every_steps": 5}}
-    tree = small_config(dataset, folder / run, **sections).model_dump(mode="json")
-    path = folder / f"{run}.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return str(path)
-
-
-@contextmanager
-def launched(
-    *words: str, script: str = SCRIPT, prefix: list[str] | None = None, **environment: str
-) -> Iterator[subprocess.Popen[str]]:
-    """launch/torchrun.sh, or another; ``environment`` is torchrun's, as a cluster sets it."""
-    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    process = subprocess.Popen(
-        [*(prefix or []), script, *words], cwd=ROOT, text=True, start_new_session=True,
-        env={**inherited, "PATH": path, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def ended(process: subprocess.Popen[str], seconds: float = 200) -> tuple[int, str]:
-    said, _ = process.communicate(timeout=seconds)
-    return process.returncode, said
-
-
-def until(what: Callable[[], Any], agent: subprocess.Popen[str]) -> Any:
-    """What is waited for, while the agent lives."""
-    deadline = time.monotonic() + 120
-    while not (found := what()):
-        assert agent.poll() is None, agent.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found
-
-
-def _until_trained(run: Path, agent: subprocess.Popen[str]) -> None:
-    until(lambda: any((run / "checkpoints").glob("step-*/commit.json")), agent)
-
-
-def assert_same_training(one: Path, other: Path) -> None:
-    """To the bit: the world size is the same."""
-    runs = [LocalRun(one), LocalRun(other)]
-    last = max(seen.step for seen in runs[0].commits())
-    (state, progress), found = (final_state(run, last, run.folder) for run in runs)
-    assert progress == found[1] and state.keys() == found[0].keys()
-    assert {name: _distance(state[name], found[0][name]) for name in state} == dict.fromkeys(
-        state, 0
-    )
 
 
 def _ranks(agent: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -107,7 +50,7 @@ def test_what_the_user_must_mend_is_not_tried_again(dataset: str, tmp_path: Path
 def test_sigterm_ends_with_75_and_the_same_command_goes_on(dataset: str, tmp_path: Path) -> None:
     config = written_config(dataset, tmp_path, "run", epochs=400, patience=1000)
     with launched("train", config, PET_NPROC_PER_NODE="2") as box:
-        _until_trained(tmp_path / "run", box)
+        until_trained(tmp_path / "run", box)
         for process in [*_ranks(box), box]:  # to the whole tree, as some process trackers do
             process.send_signal(signal.SIGTERM)
         code, said = ended(box)
@@ -125,7 +68,7 @@ def test_a_killed_rank_is_started_again_until_no_restart_is_left(
 ) -> None:
     config = written_config(dataset, tmp_path, "run", epochs=4000, patience=100_000)
     with launched("train", config, PET_NPROC_PER_NODE="2", PET_MAX_RESTARTS="1") as box:
-        _until_trained(tmp_path / "run", box)
+        until_trained(tmp_path / "run", box)
         killed = _ranks(box)
         killed[0].kill()
         again = until(lambda: [rank for rank in _ranks(box) if rank not in killed], box)
@@ -140,7 +83,7 @@ def test_a_killed_rank_is_started_again_until_no_restart_is_left(
 def test_ctrl_c_is_an_interruption(dataset: str, tmp_path: Path) -> None:
     config = written_config(dataset, tmp_path, "run", epochs=4000, patience=100_000)
     with launched("train", config) as box:
-        _until_trained(tmp_path / "run", box)
+        until_trained(tmp_path / "run", box)
         os.killpg(box.pid, signal.SIGINT)  # as a terminal sends it, to all
         code, said = ended(box)
     assert code == 130 and "Traceback" not in said, said
@@ -154,9 +97,12 @@ def test_a_stopped_night_goes_on(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("model: {dim: 16}\ntrain: {batch: 512, patience: 100000}\n")
     night = {
-        "script": str(ROOT / "launch" / "nightly.sh"), "LOGS": str(tmp_path / "log.csv"),
-        "NIGHTLY": str(tmp_path), "NIGHT": "one", "PREPARE": "--shift temporal --duplicates drop",
-    }  # fmt: skip
+        "script": str(ROOT / "launch" / "nightly.sh"),
+        "LOGS": str(tmp_path / "log.csv"),
+        "NIGHTLY": str(tmp_path),
+        "NIGHT": "one",
+        "PREPARE": "--shift temporal --duplicates drop",
+    }
     with launched(str(config), "train.epochs=4000", **night) as box:
         until(lambda: any((tmp_path / "runs/one/checkpoints").glob("step-*/commit.json")), box)
         box.send_signal(signal.SIGTERM)
@@ -194,19 +140,21 @@ def test_threads_respect_the_quota(text: str, cores: int | None, tmp_path: Path)
 
 
 def test_an_address_is_ours_or_not() -> None:
-    assert launcher._is_ours("127.0.0.1") and launcher._is_ours(socket.gethostname())
-    assert not launcher._is_ours("192.0.2.1") and not launcher._is_ours("no-such-host.invalid")
+    assert _is_own_address("127.0.0.1") and _is_own_address(socket.gethostname())
+    assert not _is_own_address("192.0.2.1") and not _is_own_address("no-such-host.invalid")
 
 
 def test_the_interface_is_the_one_that_leads_there() -> None:
-    assert launcher._interface_towards("127.0.0.1") == "lo"
-    assert launcher._interface_towards("no-such-host.invalid") is None
+    assert _interface_towards("127.0.0.1") == "lo"
+    assert _interface_towards("no-such-host.invalid") is None
 
 
 def test_without_a_first_node(tmp_path: Path) -> None:
     with launched("train", "configs/demo.yaml", PET_NNODES="2") as box:
-        assert ended(box) == (2, f"{SCRIPT[len(str(ROOT)) + 1:]}: PET_NNODES=2 needs "
-                                  "PET_MASTER_ADDR, the first node\n")  # fmt: skip
+        assert ended(box) == (
+            2,
+            f"{SCRIPT[len(str(ROOT)) + 1 :]}: PET_NNODES=2 needs PET_MASTER_ADDR, the first node\n",
+        )
     there = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free_port())}
     with launched(
         "train", "configs/demo.yaml", **there, PET_NODE_RANK="1", JOIN_SECONDS="2"
@@ -247,12 +195,12 @@ def test_probes(dataset: str, tmp_path: Path) -> None:
 
 
 def test_a_stuck_agent_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    health = launcher._Health()
-    assert health.answers("/healthz") is True and health.answers("/ready") is False
-    health.beat(time.monotonic())
-    assert health.answers("/ready") is True
-    health.beat(time.monotonic() - launcher._STUCK_SECONDS - 1)
-    assert health.answers("/healthz") is False and health.answers("/ready") is False
+    probes = health.Health()
+    assert probes.answers("/healthz") is True and probes.answers("/ready") is False
+    probes.set_last_round(time.monotonic())
+    assert probes.answers("/ready") is True
+    probes.set_last_round(time.monotonic() - health._STUCK_SECONDS - 1)
+    assert probes.answers("/healthz") is False and probes.answers("/ready") is False
 
 
 @pytest.fixture
@@ -267,9 +215,11 @@ def hosts() -> Iterator[TwoHosts]:
 
 def _node(hosts: TwoHosts, index: int, *words: str, **environment: str) -> Any:
     cluster = {
-        "PET_NNODES": "2", "PET_NPROC_PER_NODE": "2", "PET_MASTER_ADDR": "run-0.run",
+        "PET_NNODES": "2",
+        "PET_NPROC_PER_NODE": "2",
+        "PET_MASTER_ADDR": "run-0.run",
         "JOB_COMPLETION_INDEX": str(index),
-    }  # fmt: skip
+    }
     return launched(*words, prefix=hosts.inside(index), **{**cluster, **environment})
 
 
@@ -304,7 +254,7 @@ def test_a_preempted_host_is_waited_for(dataset: str, tmp_path: Path, hosts: Two
     config = written_config(dataset, tmp_path, "run", epochs=8, patience=1000)
     with _node(hosts, 0, "train", config) as first:
         with _node(hosts, 1, "train", config) as second:
-            _until_trained(tmp_path / "run", second)
+            until_trained(tmp_path / "run", second)
             second.send_signal(signal.SIGTERM)
             code, said = ended(second)
             assert code == 75 and "Traceback" not in said
@@ -326,7 +276,7 @@ def test_without_the_first_host_the_other_ends_and_both_go_on(
     config = written_config(dataset, tmp_path, "run", epochs=3000, patience=100_000)
     with _node(hosts, 1, "train", config) as second:
         with _node(hosts, 0, "train", config) as first:
-            _until_trained(tmp_path / "run", first)
+            until_trained(tmp_path / "run", first)
             os.killpg(first.pid, signal.SIGKILL)
         code, said = ended(second)
         assert code == 75 and "Traceback" not in said, said

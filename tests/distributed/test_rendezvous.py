@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnsdiff_dist.distributed.rendezvous import _call_roll
+from cnsdiff_dist.distributed.rendezvous import _agree_on_name
 
 _LONG, _SHORT = timedelta(seconds=30), timedelta(seconds=0.3)
 
@@ -32,7 +32,7 @@ def _start(server: dist.TCPStore, name: str, size: int, late: list[float]) -> li
     def rank(index: int) -> str:
         store = _client(server, name)
         time.sleep(late[index])
-        return _call_roll(store, index, size, _LONG)
+        return _agree_on_name(store, index, size, _LONG)
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(rank, range(size)))
@@ -57,7 +57,7 @@ def test_ranks_that_died_while_joining_do_no_harm(
 
     def half_a_start(rank: int) -> None:
         with pytest.raises(RuntimeError, match="not all came"):
-            _call_roll(_client(server, where), rank, 4, _SHORT)
+            _agree_on_name(_client(server, where), rank, 4, _SHORT)
 
     threads = [threading.Thread(target=half_a_start, args=(rank,)) for rank in dead]
     for thread in threads:

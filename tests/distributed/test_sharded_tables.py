@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from cnsdiff_dist.config import Tables
 from cnsdiff_dist.distributed.embedding_tables import initial_rows
 from cnsdiff_dist.distributed.sharded_tables import ShardedTables
 from cnsdiff_dist.distributed.world import World, join_world
 from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.sections import Tables
 from tests.support.ranks import run_ranks
+from tests.support.tables import gather
 
 USERS, ITEMS, DIM, STEPS, STREAMS = 11, 7, 4, 5, 4
 
@@ -38,9 +39,13 @@ def _train_sharded(config: Tables) -> dict[str, torch.Tensor]:
             items, inverse_i = torch.cat([half[1] for half in mine]).unique(return_inverse=True)
             rows = tables.lookup(users, items)
             found = torch.cat(
-                [rows[: len(users)][inverse_u[:5]], rows[len(users) :][inverse_i[:4]],
-                 rows[: len(users)][inverse_u[5:]], rows[len(users) :][inverse_i[4:]]]
-            )  # fmt: skip
+                [
+                    rows[: len(users)][inverse_u[:5]],
+                    rows[len(users) :][inverse_i[:4]],
+                    rows[: len(users)][inverse_u[5:]],
+                    rows[len(users) :][inverse_i[4:]],
+                ]
+            )
             target = torch.cat([half[2] for half in mine])
         else:
             found, target = tables.lookup(*mine[0][:2]), mine[0][2]
@@ -55,15 +60,6 @@ def _whole(tables: ShardedTables, world: World) -> dict[str, torch.Tensor]:
         name: gather(tensor, world)[: tables.rows[name]]
         for name, tensor in tables.weights().items()
     }
-
-
-def gather(sharded: Any, world: World) -> torch.Tensor:
-    """The whole table of a ShardedTensor, on every rank."""
-    whole = torch.zeros(sharded.size())
-    for shard in sharded.local_shards():
-        (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
-        whole[row : row + rows, column : column + columns] = shard.tensor.detach()
-    return world.sum(whole)
 
 
 def _train_plainly(config: Tables) -> dict[str, torch.Tensor]:
@@ -159,7 +155,7 @@ def _few_rows() -> tuple[torch.Tensor, torch.Tensor, int]:
     mine = torch.tensor([world.rank % 3])
     for _ in range(3):
         (tables.lookup(mine, mine) - 1).square().sum().backward()
-    return _whole(tables, world)["item"], tables.own_rows("item"), len(world.own(3))
+    return _whole(tables, world)["item"], tables.own_rows("item"), len(world.own_rows(3))
 
 
 @pytest.mark.distributed

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_launcher import assert_same_training, ended, launched, written_config
+from tests.support.launching import assert_same_training, ended, launched, written_config
 from tests.support.slurm import Job, Slurm, why_not
 
 pytestmark = [
@@ -41,10 +41,8 @@ def calm(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def submitted(slurm: Slurm, config: str, *words: str, **environment: str) -> Iterator[Job]:
     """A rank on each of two nodes. ``words`` are more of sbatch's."""
-    job = slurm.submit(
-        "--nodes=2", *words, _SCRIPT, "train", config,
-        OMP_NUM_THREADS="1", PET_NPROC_PER_NODE="1", **environment,
-    )  # fmt: skip
+    environment = {"OMP_NUM_THREADS": "1", "PET_NPROC_PER_NODE": "1", **environment}
+    job = slurm.submit("--nodes=2", *words, _SCRIPT, "train", config, **environment)
     try:
         yield job
     finally:
@@ -94,9 +92,8 @@ def _node_lost(slurm: Slurm, job: Job) -> None:
 
 @pytest.mark.parametrize("happens", [_asked_to_stop, _more_urgent, _launcher_killed, _node_lost])
 def test_the_job_is_requeued_and_goes_on(
-    happens: Callable[[Slurm, Job], None],
-    slurm: Slurm, dataset: str, tmp_path: Path, calm: Path,
-) -> None:  # fmt: skip
+    happens: Callable[[Slurm, Job], None], slurm: Slurm, dataset: str, tmp_path: Path, calm: Path
+) -> None:
     config = written_config(dataset, tmp_path, "run", **_TRAIN)
     with submitted(slurm, config) as job:
         _until_trained(job, tmp_path / "run")

@@ -9,12 +9,12 @@ import torch
 
 from cnsdiff_dist.config import Config
 from cnsdiff_dist.data.dataset import load_manifest
-from cnsdiff_dist.data.graph import open_graph
 from cnsdiff_dist.distributed.world import join_world
+from cnsdiff_dist.runs.opened import OpenRun
 from cnsdiff_dist.training.loop import Trainer
-from tests.distributed.test_sharded_tables import gather
 from tests.support.ranks import run_ranks
 from tests.support.small import small_config
+from tests.support.tables import gather
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,10 +28,10 @@ def _train(config: Config, cuda: bool) -> tuple[dict[str, torch.Tensor], float]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     world, manifest = join_world(60), load_manifest(config.data.url)
     assert (world.device.type == "cuda") == cuda
-    trainer = Trainer(config, manifest, open_graph(config.data.url, manifest), world)
+    trainer = Trainer(OpenRun(config, manifest, world))
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     trainer.fit(None)
-    weights = trainer.recommender.tables.weights()
+    weights = trainer.step.recommender.tables.weights()
     return {name: gather(weight, world).cpu() for name, weight in weights.items()}, (
         trainer.progress.best
     )
@@ -67,12 +67,12 @@ def test_a_step_does_not_wait_for_the_gpu(dataset: str, tmp_path: Path) -> None:
     """At a world of one: TorchRec's exchange of ids between ranks has to."""
     config = small_config(dataset, tmp_path / "run", model=SAMPLED)
     manifest, world = load_manifest(dataset), join_world(60)
-    trainer = Trainer(config, manifest, open_graph(dataset, manifest), world)
+    trainer = Trainer(OpenRun(config, manifest, world))
     steps = trainer.loader.steps(0)
-    trainer.step(next(steps))
+    trainer.take_step(next(steps))
     ready = next(steps)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.step(ready)
+        trainer.take_step(ready)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from cnsdiff_dist.cli import main
-from cnsdiff_dist.config import Evaluation
 from cnsdiff_dist.data.dataset import load_manifest
 from cnsdiff_dist.data.graph import open_graph
 from cnsdiff_dist.distributed.world import World
 from cnsdiff_dist.evaluation.evaluator import Evaluator
+from cnsdiff_dist.sections import Evaluation
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,6 @@ from cnsdiff_dist.data.graph import GraphArrays
 from cnsdiff_dist.distributed.world import World
 from cnsdiff_dist.errors import UserError
 from cnsdiff_dist.evaluation.adjustment import adjusted, fit_alpha, log_p_exposure, log_p_train
-from cnsdiff_dist.evaluation.evaluator import Evaluator
 from cnsdiff_dist.inference.trained_model import calibrate, open_trained
 from tests.support.ranks import run_ranks
 from tests.support.small import small_config
@@ -107,11 +106,9 @@ def test_calibration_is_used_by_evaluate_export_and_recommend(
     curve = {p["alpha"]: p["metrics"]["recall@20"] for p in found["curve"]}
     assert alpha > 0 and curve[alpha] == max(curve.values())
     model = open_trained(run, None)
-    evaluator = Evaluator(
-        model.data_url, model.manifest, model.graph, "valid_ood", model.config.evaluation,
-        model.world,
-    )  # fmt: skip
-    vectors = adjusted(model.user_RD, model.item_RD, alpha, log_p_train(model.graph, model.world))
+    evaluator = model.run.evaluator("valid_ood")
+    log_p_R = log_p_train(model.run.graph, model.run.world)
+    vectors = adjusted(model.user_RD, model.item_RD, alpha, log_p_R)
     assert evaluator(*vectors)["metrics"]["recall@20"] == pytest.approx(curve[alpha])
 
     assert main(["evaluate", run, "--split", "test_ood", "--json"]) == 0
@@ -178,10 +175,7 @@ def test_the_validation_tries_every_alpha_and_the_best_counts(run: str) -> None:
     best = max(validations, key=lambda line: line["recall@20"])
     model = open_trained(run, None)
     assert model.step == best["step"]
-    evaluator = Evaluator(
-        model.data_url, model.manifest, model.graph, "valid_ood", model.config.evaluation,
-        model.world,
-    )  # fmt: skip
+    evaluator = model.run.evaluator("valid_ood")
     recalls = {
         alpha: evaluator(*model_vectors(model, alpha))["metrics"]["recall@20"]
         for alpha in (0.0, 0.5, 1.0)
@@ -190,4 +184,5 @@ def test_the_validation_tries_every_alpha_and_the_best_counts(run: str) -> None:
 
 
 def model_vectors(model, alpha):  # type: ignore[no-untyped-def]
-    return adjusted(model.user_RD, model.item_RD, alpha, log_p_train(model.graph, model.world))
+    log_p_R = log_p_train(model.run.graph, model.run.world)
+    return adjusted(model.user_RD, model.item_RD, alpha, log_p_R)

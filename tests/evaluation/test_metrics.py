@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from cnsdiff_dist.data.interactions import Interactions
 from cnsdiff_dist.distributed.world import World
-from cnsdiff_dist.evaluation.metrics import RankingSums, top_k
-from cnsdiff_dist.evaluation.top_k import ExactSearch, rank
+from cnsdiff_dist.evaluation.metrics import RankingSums
+from cnsdiff_dist.evaluation.top_k import ExactSearch, top_k, top_k_lists
 
 KS = (2, 5)
 
@@ -40,9 +40,9 @@ def test_metrics_equal_brute_force(seed: int, users: int, items: int, density: f
     counted = [u for u in range(users) if relevant[u].any()]
     for sums, chunk, first in zip(halves, np.array_split(np.arange(users), 2), (0, items // 2)):
         row, item = split.of(chunk)
-        sums.add(ranked[chunk], row, item, environment[item], items)
-        sums.recommend(ranked[counted] - first)
-    sums.load(halves[0].to_vector() + halves[1].to_vector())
+        sums.add_users(ranked[chunk], row, item, environment[item], items)
+        sums.add_recommendations(ranked[counted] - first)
+    sums.load_vector(halves[0].to_vector() + halves[1].to_vector())
     result, parts = sums.result(items), sums.by_environment()
     for k in KS:
         wanted = [_brute(list(ranked[u]), set(np.flatnonzero(relevant[u])), k) for u in counted]
@@ -63,7 +63,7 @@ def test_metrics_equal_brute_force(seed: int, users: int, items: int, density: f
 
 
 @given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 3000), st.integers(1, 30))
-def test_top_k_by_groups_is_exact(seed: int, rows: int, columns: int, k: int) -> None:
+def test_top_k_by_buckets_is_exact(seed: int, rows: int, columns: int, k: int) -> None:
     score = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     values, indices = top_k(score, k)
     expected = torch.sort(score, dim=1, descending=True).values[:, : min(k, columns)]
@@ -80,7 +80,7 @@ def test_ranking_masks_and_orders_like_a_plain_sort(world: World) -> None:
         for part in (seen & (np.arange(300) % 2 == 0), seen & (np.arange(300) % 2 == 1))
     ]
     search = ExactSearch(item, range(300), masks, 7)
-    chunks = list(rank(user, np.array([0, 1, 4, 8]), search, 3, 9, world))
+    chunks = list(top_k_lists(user, np.array([0, 1, 4, 8]), search, 3, 9, world))
     assert [len(found.users) for found in chunks] == [3, 1]
     for found in chunks:
         for u, row_scores, row_items in zip(found.users, found.scores, found.items, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cnsdiff_dist.cli import main
 from cnsdiff_dist.data.interactions import Interactions
-from cnsdiff_dist.evaluation.top_k import MASKED, ExactSearch
+from cnsdiff_dist.evaluation.top_k import MASKED_SCORE, ExactSearch
 from cnsdiff_dist.inference.faiss_search import ApproximateSearch, recall_sums
 from tests.support.lists import read_lists
 from tests.support.ranks import run_ranks
@@ -43,7 +43,7 @@ def masks() -> list[Interactions]:
 
 def listed(found: tuple[Tensor, Tensor]) -> Any:
     """Items, -1 where there is none."""
-    return found[1].masked_fill(found[0] <= MASKED, -1).numpy()
+    return found[1].masked_fill(found[0] <= MASKED_SCORE, -1).numpy()
 
 
 @pytest.mark.parametrize("own", [range(ITEMS), range(1200, 3100), range(40, 45), range(9, 9)])
@@ -55,7 +55,7 @@ def test_all_of_the_exact_lists_is_the_exact_lists(own: range) -> None:
     everyone = np.concatenate([np.arange(USERS - 2), [-1, -1]])  # the last places are empty
     wanted, found = exact(user, everyone), search(user, everyone)
     assert np.array_equal(listed(wanted)[:-2], listed(found)[:-2])
-    there = wanted[0][:-2] > MASKED
+    there = wanted[0][:-2] > MASKED_SCORE
     assert torch.allclose(wanted[0][:-2][there], found[0][:-2][there], rtol=1e-4)
 
 

@@ -16,30 +16,6 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def test_bpr_is_minus_log_sigmoid_of_the_margin() -> None:
-    positive, negative = torch.randn(B), torch.randn(B, 3)
-    negative[0, 1] = negative[1] = -torch.inf  # one left out; all left out
-    expected = [
-        sum(-math.log(1 / (1 + math.exp(-(p - n)))) for n in row if n > -math.inf)
-        / max(sum(n > -math.inf for n in row), 1)
-        for p, row in zip(positive.tolist(), negative.tolist(), strict=True)
-    ]
-    assert losses.bpr(positive, negative).tolist() == pytest.approx(expected, rel=1e-5)
-
-
-def test_sampled_softmax_is_minus_the_log_of_the_positives_share() -> None:
-    positive, negative = torch.randn(B, requires_grad=True), torch.randn(B, 3)
-    negative[0, 1] = negative[1] = -torch.inf
-    expected = [
-        -math.log(math.exp(p) / (math.exp(p) + sum(math.exp(n) for n in row)))
-        for p, row in zip(positive.tolist(), negative.tolist(), strict=True)
-    ]
-    loss = losses.sampled_softmax(positive, negative)
-    assert loss.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    loss.sum().backward()
-    assert torch.isfinite(positive.grad).all()
-
-
 def test_l2_is_half_the_squared_norm() -> None:
     rows = torch.randn(2, B, D)
     expected = [

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from cnsdiff_dist.inference.listed_users import listed_users
 
 from cnsdiff_dist.cli import main
 from cnsdiff_dist.data.dataset import read_ids
 from cnsdiff_dist.data.schema import SPLITS
 from cnsdiff_dist.errors import UserError
-from cnsdiff_dist.inference.parquet_output import listed_users
 from tests.support.lists import read_lists
 from tests.support.preparing import prepare, raw_pairs, skewed_log
 from tests.support.ranks import run_ranks
@@ -147,7 +147,7 @@ def test_what_is_no_user_id_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "users.txt").write_text(f"\ufeff0\n{2**63 - 1}\r\n{name}\n")
     model: Any = SimpleNamespace(data_url=str(tmp_path / "out"), manifest=manifest)
     with pytest.raises(UserError, match=r"users\.txt line 3: .* is not a user of this dataset"):
-        listed_users(model, str(tmp_path / "users.txt"))
+        listed_users(model.run, str(tmp_path / "users.txt"))
 
 
 @pytest.fixture(scope="module")

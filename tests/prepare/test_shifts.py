@@ -28,8 +28,10 @@ def spread(counts: np.ndarray) -> float:
 
 def test_popularity_makes_items_about_equally_present(log: Path, tmp_path: Path) -> None:
     manifest = prepare(tmp_path / "out", "--log", log, "--shift", "popularity")
-    counts = {name: item_counts(raw_pairs(tmp_path / "out", manifest, name))
-              for name in ("train", "test_iid", "test_ood", "valid_ood")}  # fmt: skip
+    counts = {
+        name: item_counts(raw_pairs(tmp_path / "out", manifest, name))
+        for name in ("train", "test_iid", "test_ood", "valid_ood")
+    }
     assert spread(counts["test_iid"]) > 0.55
     assert spread(counts["test_ood"]) < 0.35
     assert spread(counts["valid_ood"]) < spread(counts["train"]) / 1.3
@@ -54,8 +56,8 @@ def test_temporal_tests_on_the_future(log: Path, tmp_path: Path) -> None:
 
 def test_random_changes_nothing(log: Path, tmp_path: Path) -> None:
     manifest = prepare(tmp_path / "out", "--log", log, "--shift", "random")
-    counts = [item_counts(raw_pairs(tmp_path / "out", manifest, name)) for name in
-              ("train", "test_ood")]  # fmt: skip
+    pairs = [raw_pairs(tmp_path / "out", manifest, name) for name in ("train", "test_ood")]
+    counts = [item_counts(pair) for pair in pairs]
     assert np.corrcoef(*counts)[0, 1] > 0.75
 
 
@@ -67,8 +69,10 @@ def test_exposure_validates_on_a_flatter_part_of_the_biased_log(log: Path, tmp_p
     assert manifest.shift["kind"] == "exposure"
     given = set(zip(users.tolist(), items.tolist()))
     assert set(raw_pairs(out, manifest, "test_ood")) <= given
-    counts = {name: item_counts(raw_pairs(out, manifest, name))
-              for name in ("train", "valid_ood", "valid_iid")}  # fmt: skip
+    counts = {
+        name: item_counts(raw_pairs(out, manifest, name))
+        for name in ("train", "valid_ood", "valid_iid")
+    }
     assert spread(counts["valid_ood"]) < spread(counts["valid_iid"]) / 1.5
 
 

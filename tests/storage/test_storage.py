@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import time
 from pathlib import Path
 
 import fsspec
@@ -185,8 +186,8 @@ def flaky(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         raise ConnectionError("try again")
 
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "exists", fail)
-    monkeypatch.setattr(storage.time, "sleep", sleep)
-    monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return pauses
 
 

@@ -1,4 +1,4 @@
-"""Two hosts on this machine: network namespaces joined by a veth pair, each with its own name.
+"""Two hosts on this machine: network namespaces with names of their own, joined by a veth pair.
 
 They can reach each other and nothing else. Needs root and iproute2.
 """
@@ -16,9 +16,10 @@ def _ip(*words: str, check: bool = True) -> None:
 
 
 class TwoHosts:
-    """
+    """Two hosts that reach each other by name.
+
     Args:
-        names: of each host, by which both find it; the first is what it calls itself.
+        names: the names of each host; the first is its own host name.
     """
 
     def __init__(self, *names: Sequence[str]) -> None:
@@ -47,7 +48,7 @@ class TwoHosts:
             _ip("-n", space, "link", "set", "lo", "up")
 
     def inside(self, index: int) -> list[str]:
-        """Words before a command that is to run on that host."""
+        """The words that run the command after them on that host."""
         script = 'hostname "$0" && exec "$@"'
         own_name = ["unshare", "--uts", "sh", "-c", script, self.names[index][0]]
         return ["ip", "netns", "exec", self._spaces[index], *own_name]
@@ -68,7 +69,7 @@ class TwoHosts:
 
 
 def why_not() -> str | None:
-    """Why this machine cannot have them, or None."""
+    """Why this machine cannot make such hosts, or None."""
     name = f"cnsdiff-probe-{os.getpid()}"
     probe = f"ip netns add {name} && ip netns del {name} && unshare --uts true"
     done = subprocess.run(probe, shell=True, capture_output=True, text=True, check=False)

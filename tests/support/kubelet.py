@@ -1,7 +1,8 @@
-"""A pod of a rendered Job as processes of this machine: what Job controller and kubelet would do.
+"""A pod of a rendered Job, run as processes of this machine as a kubelet would run it.
 
-Its environment, its mounts, a root file system that is read-only, its user without capabilities,
-a process namespace of its own. The image is this machine with the checkout at /app.
+The processes have the pod's environment and mounts, a read-only root file system, the pod's user
+without capabilities, and a process namespace of their own. This machine with the checkout at /app
+stands for the image.
 """
 
 import os
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,17 @@ import psutil
 from tests.support.hosts import TwoHosts
 
 ROOT = Path(__file__).resolve().parents[2]
-# As the Dockerfile sets it.
+# What the Dockerfile sets.
 _IMAGE = {
     "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
-    "HOME": "/tmp", "CNSDIFF_CACHE": "/cache", "PYTHONUNBUFFERED": "1",
-}  # fmt: skip
+    "HOME": "/tmp",
+    "CNSDIFF_CACHE": "/cache",
+    "PYTHONUNBUFFERED": "1",
+}
 
 
 def environment(container: dict[str, Any], labels: dict[str, str]) -> dict[str, str]:
-    """A container's variables; only those above it are known to a ``$(NAME)``."""
+    """The variables of a container; a ``$(NAME)`` refers to those that stand before it."""
     found = {"JOB_COMPLETION_INDEX": labels["batch.kubernetes.io/job-completion-index"]}
     for variable in container["env"]:
         if source := variable.get("valueFrom"):
@@ -42,35 +46,73 @@ def environment(container: dict[str, Any], labels: dict[str, str]) -> dict[str, 
 
 
 def labels(job: str, index: int, **more: str) -> dict[str, str]:
-    """What the Job controller adds to the template's."""
+    """The labels that the Job controller adds to those of the template."""
     own = {"job-name": job, "job-completion-index": str(index)}
     return {**{f"batch.kubernetes.io/{key}": value for key, value in own.items()}, **more}
 
 
+@dataclass
+class Mounts:
+    """What a pod's volumes hold.
+
+    Attributes:
+        configs: of each ConfigMap, name -> file -> text.
+        claims: of each PersistentVolumeClaim, name -> folder of this machine.
+    """
+
+    configs: dict[str, dict[str, str]]
+    claims: dict[str, Path]
+
+    def make(
+        self, spec: dict[str, Any], container: dict[str, Any], folder: Path
+    ) -> list[tuple[str, str, bool]]:
+        """Fill the volumes of a pod; (folder here, path there, read-only) of each mount."""
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        found = []
+        for mount in container["volumeMounts"]:
+            volume = volumes[mount["name"]]
+            if claim := volume.get("persistentVolumeClaim"):
+                source = self.claims[claim["claimName"]]
+            else:
+                source = folder / mount["name"]
+                source.mkdir()
+                os.chown(source, 0, spec["securityContext"]["fsGroup"])
+                source.chmod(0o2775)
+                files = self.configs.get(volume.get("configMap", {}).get("name"), {})
+                for name, text in files.items():
+                    (source / name).write_text(text)
+            found.append((str(source), mount["mountPath"], mount.get("readOnly", False)))
+        return found
+
+
 class Pod:
-    """Runs on one of two hosts, whose first name must be JOB-INDEX.
+    """A pod that runs on one of two hosts, whose first name must be JOB-INDEX.
 
     Args:
         spec: the pod's.
-        configs: of each ConfigMap, name -> file -> text.
-        claims: of each PersistentVolumeClaim, name -> folder of this machine.
         extra: variables besides the rendered ones, such as a thread count for a small machine.
     """
 
     def __init__(
-        self, spec: dict[str, Any], job: str, index: int, hosts: TwoHosts, folder: Path,
-        configs: dict[str, dict[str, str]], claims: dict[str, Path], **extra: str,
-    ) -> None:  # fmt: skip
+        self,
+        spec: dict[str, Any],
+        job: str,
+        index: int,
+        hosts: TwoHosts,
+        folder: Path,
+        mounts: Mounts,
+        **extra: str,
+    ) -> None:
         (container,) = spec["containers"]
         self.environment = environment(container, labels(job, index))
         folder.mkdir()
-        mounts = self._mounts(spec, container, folder, configs, claims)
+        made = mounts.make(spec, container, folder)
         words = [*container["command"], *container["args"]]
-        if shutil.which("tini") is None:  # of the image; without it the rest is PID 1
+        if shutil.which("tini") is None:  # which the image has; without it the rest is PID 1
             words = words[words.index("--") + 1 :]
-        environment_ = {**_IMAGE, **self.environment, **extra}
+        variables = {**_IMAGE, **self.environment, **extra}
         user = spec["securityContext"]
-        script = _script(mounts, environment_, user, container["workingDir"], words)
+        script = _script(made, variables, user, container["workingDir"], words)
         space = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c", script]
         self.log = folder / "log"
         with self.log.open("w") as log:
@@ -78,30 +120,8 @@ class Pod:
                 [*hosts.inside(index), *space], stdout=log, stderr=log, start_new_session=True
             )
 
-    @staticmethod
-    def _mounts(
-        spec: dict[str, Any], container: dict[str, Any], folder: Path,
-        configs: dict[str, dict[str, str]], claims: dict[str, Path],
-    ) -> list[tuple[str, str, bool]]:  # fmt: skip
-        """(folder here, path there, read-only)."""
-        volumes = {volume["name"]: volume for volume in spec["volumes"]}
-        found = []
-        for mount in container["volumeMounts"]:
-            volume = volumes[mount["name"]]
-            if claim := volume.get("persistentVolumeClaim"):
-                source = claims[claim["claimName"]]
-            else:
-                source = folder / mount["name"]
-                source.mkdir()
-                os.chown(source, 0, spec["securityContext"]["fsGroup"])
-                source.chmod(0o2775)
-                for name, text in configs.get(volume.get("configMap", {}).get("name"), {}).items():
-                    (source / name).write_text(text)
-            found.append((str(source), mount["mountPath"], mount.get("readOnly", False)))
-        return found
-
     def sigterm(self) -> None:
-        """To the first process of the container, as the kubelet sends it."""
+        """Send SIGTERM to the first process of the container, as the kubelet does."""
         (first,) = psutil.Process(self.process.pid).children()
         first.terminate()
 
@@ -115,9 +135,12 @@ class Pod:
 
 
 def _script(
-    mounts: list[tuple[str, str, bool]], variables: dict[str, str], user: dict[str, Any],
-    folder: str, words: list[str],
-) -> str:  # fmt: skip
+    mounts: list[tuple[str, str, bool]],
+    variables: dict[str, str],
+    user: dict[str, Any],
+    folder: str,
+    words: list[str],
+) -> str:
     places = " ".join(shlex.quote(f"$root{path}").replace("'", '"') for _, path, _ in mounts)
     binds = [
         f'mount --bind {"-o ro " * read_only}{shlex.quote(source)} "$root{path}"'

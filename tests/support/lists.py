@@ -1,4 +1,4 @@
-"""Read what `cnsdiff recommend` has written."""
+"""Read what `cnsdiff recommend` writes."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 
 
 def read_lists(out: Path) -> dict[Any, list[tuple[Any, float]]]:
-    """(item, score) of each user, best first."""
+    """The (item, score) pairs of each user, best first."""
     found: dict[Any, list[tuple[Any, float]]] = {}
     for row in sorted(pq.read_table(out).to_pylist(), key=lambda row: row["rank"]):
         found.setdefault(row["user"], []).append((row["item"], row["score"]))

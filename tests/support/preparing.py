@@ -1,4 +1,4 @@
-"""Run `cnsdiff prepare` in this process and read what it made."""
+"""Run `cnsdiff prepare` in this process, and read what it makes."""
 
 import argparse
 from pathlib import Path
@@ -12,10 +12,11 @@ from cnsdiff_dist.data.dataset import load_manifest, read_ids, read_split
 from cnsdiff_dist.data.schema import Manifest
 
 Pairs = list[tuple[object, object]]
+NOTHING_CUT = ["--valid-fraction", "0", "--valid-ood-fraction", "0"]
 
 
 def prepare(*words: object) -> Manifest:
-    """The manifest of what `cnsdiff prepare WORDS` makes; UserErrors pass."""
+    """Run `cnsdiff prepare WORDS` and return the manifest; a UserError passes."""
     parser = argparse.ArgumentParser()
     register(parser.add_subparsers())
     args = parser.parse_args(["prepare", *map(str, words)])
@@ -24,7 +25,7 @@ def prepare(*words: object) -> Manifest:
 
 
 def raw_pairs(out: Path | str, manifest: Manifest, split: str) -> Pairs:
-    """A split with raw ids, in stored order."""
+    """The (user, item) pairs of a split with raw ids, in stored order."""
     if split not in manifest.splits:
         return []
     ids = [read_ids(str(out), manifest, side)["id"].to_pylist() for side in ("users", "items")]
@@ -46,7 +47,7 @@ def write_parquet(path: Path, **columns: object) -> Path:
 
 
 def skewed_log(rows: int = 3000, users: int = 120, items: int = 80, seed: int = 0) -> pa.Table:
-    """Distinct pairs, items by a power law, timestamps that grow with the row."""
+    """A log of distinct pairs, with items by a power law and timestamps that grow with the row."""
     rng = np.random.default_rng(seed)
     item = (items * rng.random(4 * rows) ** 3).astype(int)
     pairs = np.unique(rng.integers(0, users, 4 * rows) * items + item)

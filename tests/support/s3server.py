@@ -18,7 +18,7 @@ KEY, SECRET = "testkey", "a-secret-that-must-not-be-shown"
 
 
 class S3Server:
-    """SeaweedFS in one process: its directory and ports stay the same over restarts."""
+    """SeaweedFS in one process, whose directory and ports stay the same over restarts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder, folder / "log"
@@ -36,7 +36,7 @@ class S3Server:
         return self._ports[3]
 
     def environment(self, port: int | None = None) -> dict[str, str]:
-        """What a client needs to know; ``port`` is a proxy's, if it goes through one."""
+        """The variables that a client needs; ``port`` is that of a proxy, if there is one."""
         return {
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -48,20 +48,21 @@ class S3Server:
     def start(self) -> None:
         master, volume, filer, s3, admin = self._ports
         weed, folder = str(Path(sys.executable).parent / "weed"), self.folder
-        command = [
-            weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-            f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
-            f"-s3.port={s3}", f"-admin.port={admin}", f"-s3.config={folder}/s3.json",
-            "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
-        ]  # fmt: skip
+        ports = {"master": master, "volume": volume, "filer": filer, "s3": s3, "admin": admin}
+        command = [weed, "mini", f"-dir={folder}", f"-s3.config={folder}/s3.json"]
+        command += [f"-{name}.port={port}" for name, port in ports.items()]
+        command += "-ip=127.0.0.1 -ip.bind=127.0.0.1 -admin.ui=false -webdav=false".split()
+        command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
         with self.log.open("a") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, cwd=folder, start_new_session=True
             )
 
     def kill(self) -> None:
-        """At once, as a crash would; it need not be running. On SIGTERM it lingers for half a
-        minute, so this is how it is stopped as well."""
+        """Kill the server if it runs, as a crash would.
+
+        ``stop`` does the same, because the server takes half a minute to end on SIGTERM.
+        """
         if self._process is not None:
             self._signal(signal.SIGKILL)
             self._process.wait()
@@ -70,7 +71,7 @@ class S3Server:
     stop = kill
 
     def pause(self) -> None:
-        """It keeps its connections and answers nothing."""
+        """Stop answering, but keep the connections."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -86,18 +87,21 @@ class S3Server:
             os.killpg(self._process.pid, number)
 
     def filesystem(self):
-        """A client of its own: s3fs would hand out the instance that other tests use."""
+        """A new client; s3fs would otherwise hand out the instance that other tests use."""
         import s3fs
 
         return s3fs.S3FileSystem(
-            key=KEY, secret=SECRET, endpoint_url=f"http://127.0.0.1:{self.port}",
-            client_kwargs={"region_name": "us-east-1"}, skip_instance_cache=True,
-            use_listings_cache=False,
+            key=KEY,
+            secret=SECRET,
+            endpoint_url=f"http://127.0.0.1:{self.port}",
+            client_kwargs={"region_name": "us-east-1"},
             config_kwargs={"connect_timeout": 2, "read_timeout": 5},
-        )  # fmt: skip
+            skip_instance_cache=True,
+            use_listings_cache=False,
+        )
 
     def create_bucket(self, name: str, seconds: float = 60) -> str:
-        """Wait until the server answers, and make a bucket unless it is there; its URL."""
+        """Wait until the server answers, make the bucket unless it exists, and return its URL."""
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -113,7 +117,7 @@ class S3Server:
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An empty bucket; the environment has its endpoint and keys."""
+    """An empty bucket, whose endpoint and keys are in the environment."""
     server = S3Server(tmp_path_factory.mktemp("s3"))
     environment = pytest.MonkeyPatch()
     for name, value in server.environment().items():
@@ -128,7 +132,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def new_clients() -> Iterator[Callable[[], None]]:
-    """Call it when keys or endpoint have changed: s3fs keeps its clients, and they the old ones."""
+    """A function that drops the clients of s3fs, which would keep the old keys and endpoint."""
     import s3fs
 
     yield s3fs.S3FileSystem.clear_instance_cache

@@ -1,4 +1,4 @@
-"""Make a changed checkpoint pass for a committed one, as whoever wants to do harm would."""
+"""Make a changed checkpoint pass for a committed one, as an attacker would."""
 
 import hashlib
 import json
@@ -9,14 +9,13 @@ from cnsdiff_dist.checkpoint.commit import digest_of
 
 
 def seal(checkpoint: Path, record: dict[str, Any] | None = None) -> None:
-    """Write a commit.json that fits the files as they are; ``record`` replaces its content."""
+    """Write a commit.json that fits the present files; ``record`` replaces its other content."""
     record = record or json.loads((checkpoint / "commit.json").read_text())
     record.pop("digest", None)
+    contents = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     record["files"] = {
-        path.name: {
-            "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        }
-        for path in checkpoint.iterdir()
-        if path.name != "commit.json"
-    }  # fmt: skip
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
+        if name != "commit.json"
+    }
     (checkpoint / "commit.json").write_text(json.dumps({**record, "digest": digest_of(record)}))

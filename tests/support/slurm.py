@@ -1,7 +1,7 @@
-"""A SLURM of two nodes on this machine: Debian's daemons, each node on a host of its own.
+"""A SLURM cluster of two nodes on this machine, made of Debian's daemons.
 
-Needs root. A node has its own network, name and processes, so that a whole node can die; what it
-shares with the other is the file system, as a cluster does. All its files are in one folder.
+It needs root. Each node has its own network, name and processes, so that a whole node can die; both
+share the file system, as the nodes of a cluster do. All files of the cluster are in one folder.
 """
 
 import os
@@ -20,13 +20,13 @@ import psutil
 from tests.support import hosts
 
 ROOT = Path(__file__).resolve().parents[2]
-# The kernel leaves nothing of a daemon and what it started once it is killed, or pytest is.
+# The kernel kills a daemon with all that it started as soon as pytest dies.
 _APART = ["setpriv", "--pdeathsig", "KILL"]
 _APART += ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 def why_not() -> str | None:
-    """Why this machine cannot have it, or None."""
+    """Why this machine cannot run SLURM, or None."""
     missing = [
         name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name)
     ]
@@ -37,7 +37,7 @@ def why_not() -> str | None:
 
 
 class Slurm:
-    """The partition `all`, and `urgent`, whose jobs take its nodes after a grace."""
+    """A cluster with the partitions `all` and `urgent`; jobs of `urgent` preempt those of `all`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._stack = folder, ExitStack()
@@ -49,7 +49,7 @@ class Slurm:
             self._stack.callback(self._hosts.down)
             self._hosts.up()
             (self._folder / "slurm.conf").write_text(self._conf())
-            # Not used, but detected otherwise, in vain: the hosts' /sys is without cgroups.
+            # SLURM would otherwise look for cgroups, which the hosts' /sys does not have.
             (self._folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
             (self._folder / "state").mkdir()
             key = self._folder / "munge.key"
@@ -70,7 +70,7 @@ class Slurm:
 
     def _conf(self) -> str:
         first, second = self._hosts.addresses
-        # A requeued job waits for cred_expire: 5 is the least.
+        # A requeued job waits for cred_expire, which is at least 5.
         return f"""
             ClusterName=test
             SlurmctldHost=node-0({first})
@@ -105,9 +105,13 @@ class Slurm:
     def _daemon(self, index: int, *words: str) -> subprocess.Popen[bytes]:
         with (self._folder / f"{words[0]}-{index}.out").open("a") as out:
             process = subprocess.Popen(
-                [*self._hosts.inside(index), *_APART, *words], env=self._environment(),
-                stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-            )  # fmt: skip
+                [*self._hosts.inside(index), *_APART, *words],
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
         self._stack.callback(process.wait)
         self._stack.callback(process.kill)
         return process
@@ -117,12 +121,12 @@ class Slurm:
         self._until(lambda: self.command("sinfo", "-hN", "-n", f"node-{index}", "-t", "idle"))
 
     def kill_node(self, index: int) -> None:
-        """All its processes at once, without a word to anyone."""
+        """Kill all processes of a node at once."""
         self._nodes[index].kill()
         self._nodes[index].wait()
 
     def processes(self, index: int, of: str) -> list[psutil.Process]:
-        """Those of a node in whose command line a word stands."""
+        """The processes of a node whose command line has a certain word."""
         found = []
         for process in psutil.Process(self._nodes[index].pid).children(recursive=True):
             with suppress(psutil.Error):  # it has ended, and is perhaps a zombie
@@ -131,22 +135,27 @@ class Slurm:
         return found
 
     def command(self, *words: str, **environment: str) -> str:
-        """What a command says on the first node; nothing if it fails."""
+        """What a command prints on the first node; nothing if it fails."""
         done = subprocess.run(
-            [*self._hosts.inside(0), *words], env={**self._environment(), **environment},
-            cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+            [*self._hosts.inside(0), *words],
+            env={**self._environment(), **environment},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         return done.stdout.strip() if done.returncode == 0 else ""
 
     def submit(self, *words: str, **environment: str) -> "Job":
-        """sbatch with these words."""
+        """Submit a job with these words of sbatch."""
         log = self._folder / "%j.log"
         number = self.command("sbatch", "--parsable", f"--output={log}", *words, **environment)
         assert number, "sbatch refused it"
         return Job(self, number, self._folder / f"{number}.log")
 
     def until_idle(self) -> None:
-        """Until both nodes are free; each is in two partitions."""
+        """Wait until both nodes are free; each is listed in two partitions."""
         self._until(lambda: set(self.command("sinfo", "-hN", "-o", "%T").split()) == {"idle"})
 
     def _until(self, what: Callable[[], Any]) -> None:
@@ -166,12 +175,12 @@ class Job:
         return self._log.read_text() if self._log.exists() else ""
 
     def seen(self) -> dict[str, str]:
-        """What SLURM knows of it, such as JobState, Restarts and ExitCode."""
+        """What SLURM says of the job, such as JobState, Restarts and ExitCode."""
         said = self._slurm.command("scontrol", "--oneliner", "show", "job", self.number)
         return dict(re.findall(r"(\w+)=(\S*)", said))
 
     def until(self, what: Callable[[], Any], seconds: float = 600) -> Any:
-        """What is waited for, unless the job ends before."""
+        """Wait for something while the job runs, and return it."""
         deadline = time.monotonic() + seconds
         while not (found := what()):
             over = time.monotonic() > deadline or self.seen().get("JobState") in _ENDS
@@ -180,13 +189,13 @@ class Job:
         return found
 
     def ended(self) -> tuple[str, str, int]:
-        """Its state, CODE:SIGNAL and how often it was requeued."""
+        """Wait for the end; the state, CODE:SIGNAL and how often the job was requeued."""
         self.until(lambda: self.seen().get("JobState") in _ENDS)
         seen = self.seen()
         return seen["JobState"], seen["ExitCode"], int(seen["Restarts"])
 
     def cancel(self, *words: str) -> None:
-        """scancel; it is no error if the job is over."""
+        """Call scancel, which is no error if the job is over."""
         self._slurm.command("scancel", *words, self.number)
 
 

@@ -1,8 +1,9 @@
-"""A config and a graph of a size for tests."""
+"""A config and a graph that are small enough for tests."""
 
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from cnsdiff_dist.config import Config, parse_config
 from cnsdiff_dist.data.graph import GraphArrays
@@ -22,6 +23,17 @@ def small_config(dataset: str, run: Path | str, **sections: dict[str, object]) -
     for name, values in sections.items():
         tree.setdefault(name, {}).update(values)
     return parse_config(tree, "test")
+
+
+def write_config(path: Path, dataset: str, run: Path | str, **sections: dict[str, object]) -> str:
+    """Write ``small_config`` as YAML.
+
+    Returns:
+        The path, as a word of a command line.
+    """
+    config = small_config(dataset, run, **sections)
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return str(path)
 
 
 def graph_of(pairs: list[tuple[int, int]], users: int, items: int) -> GraphArrays:

@@ -1,0 +1,1 @@
+"""Objectives: one file each, one protocol (:mod:`cnsdiff_dist.objectives.protocol`)."""
