@@ -28,6 +28,7 @@ from cnsdiff_dist.commands import (
     status,
     train,
 )
+from cnsdiff_dist.distributed.orphans import end_with_the_agent
 from cnsdiff_dist.errors import UserError, exit_code_of
 
 # In the order of `cnsdiff --help`.
@@ -81,6 +82,7 @@ def entry() -> None:
 
     After an error it ends at once, since a failed rank must not wait for its peers.
     """
+    end_with_the_agent()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -100,7 +100,7 @@ def load_config(path: str, overrides: list[str]) -> Config:
     for word in sorted(overrides, key=lambda word: _kind_section(word) is None):
         _override(tree, word)
         if section := _kind_section(word):
-            _drop_other_kinds(tree, section)
+            drop_other_kinds(tree, section)
     return parse_config(tree, path)
 
 
@@ -143,10 +143,10 @@ def _kind_section(word: str) -> str | None:
     return section if key == "kind" and section in KINDS else None
 
 
-def _drop_other_kinds(tree: dict[str, Any], section: str) -> None:
-    """Drop the keys that other kinds have and the chosen one has not."""
-    known, values = KINDS[section], tree[section]
-    if str(values["kind"]) in known:
+def drop_other_kinds(tree: dict[str, Any], section: str) -> None:
+    """Drop the keys of a section that other kinds have and the chosen one has not."""
+    known, values = KINDS[section], tree.get(section)
+    if isinstance(values, dict) and str(values.get("kind")) in known:
         own = known[str(values["kind"])].model_fields
         foreign = {key for keys in known.values() for key in keys.model_fields} - set(own)
         tree[section] = {key: value for key, value in values.items() if key not in foreign}

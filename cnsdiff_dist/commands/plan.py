@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from cnsdiff_dist.commands.options import add_command, add_config
 from cnsdiff_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from cnsdiff_dist.cluster.cost_model import Estimate
     from cnsdiff_dist.cluster.hardware import Cluster
     from cnsdiff_dist.cluster.step_sizes import Sizes
+    from cnsdiff_dist.commands.options import Subparsers
     from cnsdiff_dist.config import Config
 
 _EPILOG = """\
@@ -22,35 +24,30 @@ examples:
 """
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser(
+def register(subparsers: "Subparsers") -> None:
+    parser = add_command(
+        subparsers,
         "plan",
+        run,
         help="say whether a config fits a cluster, and what a step costs there",
         description="Place the tables with TorchRec's planner, count the bytes of the rest, and "
         "say what to change if they do not fit. Offline: no GPU is needed. With the config's "
         "dataset the blocks of a few steps are really sampled; with --users, --items and --edges "
         "no dataset is needed. Exit code 2 if it does not fit.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a config key")
+    add_config(parser, overrides="override a config key")
     add_cluster(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.set_defaults(run=run)
 
 
 def add_cluster(parser: "argparse._ActionsContainer") -> None:
     """The options that say how large the cluster and the data are."""
-    parser.add_argument("--nodes", type=count, default=1, help="default: %(default)s")
-    parser.add_argument(
-        "--gpus-per-node", type=count, default=1, metavar="G",
-        help="ranks of a node, also on CPUs; default: %(default)s",
-    )  # fmt: skip
-    parser.add_argument(
-        "--device", choices=("h100", "h200", "a100", "cpu"), default="h100",
-        help="default: %(default)s",
-    )  # fmt: skip
+    default = "default: %(default)s"
+    ranks, devices = f"ranks of a node, also on CPUs; {default}", ("h100", "h200", "a100", "cpu")
+    parser.add_argument("--nodes", type=count, default=1, help=default)
+    parser.add_argument("--gpus-per-node", type=count, default=1, metavar="G", help=ranks)
+    parser.add_argument("--device", choices=devices, default="h100", help=default)
     for name in ("users", "items", "edges"):
         parser.add_argument(f"--{name}", type=count, metavar="N", help="instead of a dataset's")
 

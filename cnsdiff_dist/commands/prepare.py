@@ -3,8 +3,10 @@
 import argparse
 import math
 import sys
+from typing import TYPE_CHECKING
 
 from cnsdiff_dist import storage
+from cnsdiff_dist.commands.options import add_command
 from cnsdiff_dist.data.dataset import MANIFEST
 from cnsdiff_dist.data.schema import SPLITS, Manifest
 from cnsdiff_dist.errors import UserError
@@ -13,6 +15,9 @@ from cnsdiff_dist.prepare.pipeline import prepare
 from cnsdiff_dist.prepare.recipe import Recipe
 from cnsdiff_dist.prepare.shifts import SHIFTS
 from cnsdiff_dist.prepare.synthetic import Synthetic
+
+if TYPE_CHECKING:
+    from cnsdiff_dist.commands.options import Subparsers
 
 _EXAMPLES = """\
 examples:
@@ -30,16 +35,17 @@ examples:
 """
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def register(subparsers: "Subparsers") -> None:
     """Add the ``prepare`` command."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "prepare",
+        run,
         help="make a dataset from raw interaction logs",
         description="Turn raw interaction logs into a dataset: id maps, splits with an "
         "out-of-distribution test and validation, and the train graph. Files and OUT may be "
         "paths or URLs (s3://, gs://, ..); a log larger than memory is fine.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", metavar="OUT", help="the dataset directory to write")
     _add_inputs(parser)
@@ -57,7 +63,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="SIZE",
         help="memory for sorts and joins; beyond it they spill to disk (default %(default)s)",
     )
-    parser.set_defaults(run=run, cleans_up=True)
+    parser.set_defaults(cleans_up=True)
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:

@@ -88,7 +88,8 @@ class ShardedTables:
             for shard in sharded.local_shards():
                 first_row, first_column = shard.metadata.shard_offsets
                 rows, columns = shard.metadata.shard_sizes
-                for at in range(0, rows, _ROWS_AT_A_TIME):  # in pieces: the shard may fill the memory
+                # In pieces, because a shard may fill the memory.
+                for at in range(0, rows, _ROWS_AT_A_TIME):
                     start = first_row + at
                     stop = first_row + min(at + _ROWS_AT_A_TIME, rows)
                     initial = initial_rows(table, start, stop, self.dim, std, seed)

@@ -8,7 +8,6 @@ import ctypes
 import os
 import re
 import resource
-import signal
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -16,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cnsdiff_dist.distributed.orphans import end_with_the_agent
 from cnsdiff_dist.distributed.rendezvous import store_of_this_start
 from cnsdiff_dist.errors import TryAgain, UserError
 
-_PR_SET_PDEATHSIG = 1  # sys/prctl.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LIBC = ctypes.CDLL(None) if hasattr(ctypes.CDLL(None), "mallopt") else None  # musl has no mallopt
 _LOST_PEER = re.compile(
@@ -186,7 +185,7 @@ def join_world(timeout_seconds: int) -> World:
         UserError: the launcher's environment is incomplete, or this rank has no GPU.
         TryAgain: the other ranks do not come.
     """
-    _die_with_the_agent()
+    end_with_the_agent()
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed requires the variable
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = _pick_device(local_rank)
@@ -205,15 +204,6 @@ def join_world(timeout_seconds: int) -> World:
 def leave_world() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _die_with_the_agent() -> None:
-    """Have the kernel kill this rank when torchrun's agent dies.
-
-    An agent that is killed cannot end its ranks, and they would train on without it.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _init_process_group(backend: str, timeout: timedelta) -> None:

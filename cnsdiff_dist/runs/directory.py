@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 from cnsdiff_dist import storage
-from cnsdiff_dist.config import Config, dump_config, parse_config
+from cnsdiff_dist.config import KINDS, Config, drop_other_kinds, dump_config, parse_config
 from cnsdiff_dist.data.schema import Manifest
 from cnsdiff_dist.distributed.world import World
 from cnsdiff_dist.errors import UserError
@@ -74,7 +74,10 @@ def read_config(url: str) -> Config:
     Raises:
         UserError: there is no run there, or its config is damaged.
     """
-    return parse_config(read_config_tree(url), storage.display(f"{url}/{CONFIG}"))
+    tree = read_config_tree(url)
+    for section in KINDS:  # earlier builds wrote the keys of every kind, of which only some counted
+        drop_other_kinds(tree, section)
+    return parse_config(tree, storage.display(f"{url}/{CONFIG}"))
 
 
 def check_dataset(url: str, manifest: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: what damage is seen, who may commit, what a failed write leaves behind."""
+"""Checkpoints: which damage is seen, who may commit, and what a failed write leaves behind."""
 
 import pickle
 import shutil
@@ -47,7 +47,7 @@ def _steps(run: Path) -> list[Path]:
 
 
 def _resume(dataset: str, run: Path, world: World) -> tuple[int, list[str]]:
-    """The step a training goes on from, and what it says of damaged checkpoints."""
+    """The step from which a training continues, and what it says of damaged checkpoints."""
     said: list[str] = []
     commit = new_trainer(_config(dataset, run), world).resume(said.append)
     return (commit.step if commit else 0), said
@@ -74,7 +74,7 @@ def test_any_flipped_bit_is_seen_and_the_checkpoint_before_is_used(
     step, (said,) = _resume(dataset, copy, world)
     assert f"step-{step:08d}" == before.name
     assert newest.name in said and name in said and "the one before is used" in said
-    # It no longer counts, and what is left of it goes with the next commit.
+    # The damaged checkpoint no longer counts; the next commit deletes what is left of it.
     assert not (newest / "commit.json").exists()
     train(_config(dataset, copy))
     assert not any((step / "damaged.json").exists() for step in _steps(copy))
@@ -104,7 +104,7 @@ def test_a_run_without_any_whole_checkpoint_does_not_start_anew(
 
 
 def test_a_damaged_best_checkpoint_is_not_served(copy: Path) -> None:
-    best = Path(open_trained(str(copy), None).run_url, "checkpoints")
+    best = Path(open_trained(str(copy), None).run.url, "checkpoints")
     for step in _steps(copy):
         _flip(step / "__0_0.distcp", 50)
     with pytest.raises(UserError, match=rf"{best}.*damaged \(the sha256 of __0_0.distcp"):
@@ -202,7 +202,7 @@ def test_no_room_is_seen_before_anything_is_written(
 
 
 class _Flaky:
-    """memory:// whose files cannot be opened for writing, the first ``failures`` times."""
+    """A memory:// store that fails to open files for writing the first ``failures`` times."""
 
     def __init__(self, failures: float, monkeypatch: pytest.MonkeyPatch) -> None:
         import fsspec
@@ -270,7 +270,7 @@ def test_a_commit_lists_the_files_of_every_rank(tmp_path: Path) -> None:
 
 
 def test_a_run_in_memory_is_continued(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Any fsspec URL: what a run needs of a store is put, get, list and delete."""
+    """A run works at any fsspec URL: it needs put, get, list and delete."""
     config = _config(dataset, "memory://runs/first", train={"epochs": 1})
     train(config)
     train(_config(dataset, "memory://runs/first", train={"epochs": 2}))

@@ -17,7 +17,7 @@ from tests.support.small import small_config
 
 
 def _pickled_call(module: str, name: str, *words: Any) -> bytes:
-    """A pickle that calls a function, found under the name it has in a module."""
+    """A pickle that calls a function of a module."""
     parts = [pickle.SHORT_BINUNICODE + bytes([len(w)]) + w.encode() for w in (module, name)]
     arguments = pickle.dumps(words, protocol=2)[2:-1]
     return pickle.PROTO + b"\x04" + b"".join(parts) + pickle.STACK_GLOBAL + arguments + b"R."
@@ -41,7 +41,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(
 
 
 class _AsPython311(pickle.Pickler):
-    """Enum members as Python 3.11.0 to 3.11.3 pickles them."""
+    """Pickles enum members as Python 3.11.0 to 3.11.3 does."""
 
     def reducer_override(self, thing: Any) -> Any:
         return (getattr, (type(thing), thing.name)) if isinstance(thing, Enum) else NotImplemented

@@ -1,4 +1,4 @@
-"""Suites: one budget for all, chosen on validation, resumed, told in Parquet, Markdown and HTML."""
+"""Suites: one budget for all methods, choice by validation, resuming, and the reports."""
 
 import json
 import re

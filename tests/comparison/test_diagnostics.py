@@ -1,4 +1,4 @@
-"""Diagnostics against what they say, on samplers whose answers are known."""
+"""Diagnostics on samplers whose true values are known."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -56,7 +56,7 @@ def test_damage_inside_a_row_group_is_named(damaged: Path) -> None:
 
 
 def _rewrite(damaged: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    """Another valid Parquet file, of whose footer the manifest has the size and checksum."""
+    """Write another valid Parquet file whose footer fits the manifest."""
     shard = damaged / "train/part-00000.parquet"
     pq.write_table(change(pq.read_table(shard)), shard, row_group_size=65_536)
     _promise_footer(damaged)
@@ -135,7 +135,7 @@ def test_an_id_out_of_range_is_refused_with_its_row_group(damaged: Path) -> None
 
 
 def test_a_flipped_bit_of_a_footer_is_refused_unseen(damaged: Path) -> None:
-    """Arrow aborts the process over some of them."""
+    """Arrow would abort the process over some of these footers."""
     shard = damaged / "train/part-00000.parquet"
     content = shard.read_bytes()
     for place in range(1, 400, 7):
@@ -147,7 +147,7 @@ def test_a_flipped_bit_of_a_footer_is_refused_unseen(damaged: Path) -> None:
 
 
 def test_a_single_flipped_bit_is_never_trained_on(damaged: Path, dataset: str) -> None:
-    """The manifest's checksums see what the decoder takes for other numbers."""
+    """The checksums of the manifest see what the decoder would read as other numbers."""
     shard = damaged / "train/part-00000.parquet"
     content = shard.read_bytes()
     clean = [

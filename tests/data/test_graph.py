@@ -89,7 +89,7 @@ def test_a_truncated_or_missing_array_is_named(made: tuple[str, Manifest]) -> No
 
 
 def _sealed(manifest: Manifest, path: Path) -> Manifest:
-    """A manifest that takes a file of ``test_iid`` for what it is now."""
+    """Make the manifest fit the present content of a file of ``test_iid``."""
     split = manifest.splits["test_iid"]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     shard = split.shards[0].model_copy(update={"sha256": digest})

@@ -1,4 +1,4 @@
-"""Sampled propagation against the whole graph's: in expectation, and exactly where it must be."""
+"""Sampled propagation equals full propagation in expectation, and exactly where it must."""
 
 import numpy as np
 import pytest
@@ -15,8 +15,11 @@ DIM = 3
 
 
 def _hub_graph() -> GraphArrays:
-    """60 users, 41 items. Item 0 is everybody's but user 59's, who has nothing; nobody has item
-    40; users 0..9 have many items and the others one or two besides the hub."""
+    """60 users and 41 items. Item 0 is a hub that all users but user 59 have.
+
+    User 59 has nothing and nobody has item 40. Users 0..9 have many items besides the hub, the
+    others one or two.
+    """
     pairs = [(u, 0) for u in range(59)]
     pairs += [(u, i) for u in range(10) for i in range(1, 30) if (u + i) % 3]
     pairs += [(u, 1 + (u * 7) % 39) for u in range(10, 59)]
@@ -53,8 +56,8 @@ def test_fan_outs_that_cover_the_degrees_are_exact(layers: int) -> None:
 
 @pytest.mark.parametrize("fan_out", [(1,), (2, 1), (3, 2), (2, 2, 2)])
 def test_the_expectation_is_full_propagation(fan_out: tuple[int, ...]) -> None:
-    """The mean over 4,000 steps lies within 4.5 standard errors of the truth in every one of
-    some 300 numbers, and sampling really varies."""
+    """Each of some 300 numbers has a mean over 4,000 steps within 4.5 standard errors of the truth,
+    and the samples vary."""
     graph = _hub_graph()
     users, items = _ask(graph)
     rows = _rows(graph)
@@ -84,7 +87,7 @@ def test_the_gradient_is_that_of_the_sampled_operator() -> None:
 
 
 def test_a_row_sees_the_same_sample_in_any_batch() -> None:
-    """What makes the world size, and duplicates, irrelevant."""
+    """This makes the world size and duplicates irrelevant."""
     graph, rows = _hub_graph(), _rows(_hub_graph())
     key = (5, 1, 9)
     users, items = np.array([1, 2, 2, 30]), np.array([0, 0, 7])

@@ -1,4 +1,4 @@
-"""Dataset files as one local file: fetched once a node, whole or not at all."""
+"""Dataset files that a node fetches once as one local file, whole or not at all."""
 
 import hashlib
 from multiprocessing import get_context

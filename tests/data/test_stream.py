@@ -101,7 +101,7 @@ def grouped(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def remote(grouped: str) -> Iterator[str]:
-    """The same in a store that is not the local disk."""
+    """The same dataset in a store that is not the local disk."""
     memory = fsspec.filesystem("memory")
     memory.put(grouped, "/grouped", recursive=True)
     yield "memory://grouped"
@@ -120,7 +120,7 @@ def _ids(url: str, epoch: int = 0) -> list[list[int]]:
 def _interfere(
     monkeypatch: pytest.MonkeyPatch, act: Callable[[int, Callable[[], bytes]], bytes]
 ) -> Counter[tuple[str, int]]:
-    """``act`` on the n-th (from 1) range read of the same place of the memory store."""
+    """Call ``act`` with n for the n-th range read, from 1, of each place of the memory store."""
     kind = type(fsspec.filesystem("memory"))
     original, seen = kind.cat_file, Counter[tuple[str, int]]()
 

@@ -21,7 +21,7 @@ def _engine(stage: Any, precision: Any = "fp32") -> DenseEngine:
 
 
 def _train(engine: DenseEngine, steps: int, first: int, world: World) -> list[float]:
-    """Means over the global batch; each rank has its part of the same rows."""
+    """Losses as means over the global batch, of which each rank has its part."""
     losses = []
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)

@@ -1,4 +1,4 @@
-"""launch/torchrun.sh: what its exit codes say, on one box and on two hosts."""
+"""The exit codes of launch/torchrun.sh, on one box and on two hosts."""
 
 import os
 import signal

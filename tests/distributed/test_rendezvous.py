@@ -1,4 +1,4 @@
-"""The living find each other in a store that is full of the words of the dead."""
+"""Ranks find each other in a store that holds entries of ranks that have died."""
 
 import random
 import threading
@@ -27,7 +27,7 @@ def _client(server: dist.TCPStore, name: str) -> dist.Store:
 
 
 def _start(server: dist.TCPStore, name: str, size: int, late: list[float]) -> list[str]:
-    """What every rank of one start calls it; each comes a little late."""
+    """Start some ranks, each a little later; the name that each gives to this start."""
 
     def rank(index: int) -> str:
         store = _client(server, name)
@@ -52,7 +52,7 @@ def test_starts_in_one_store_have_names_of_their_own(server: dist.TCPStore) -> N
 def test_ranks_that_died_while_joining_do_no_harm(
     server: dist.TCPStore, dead: set[int], late: list[float]
 ) -> None:
-    """Some of a start speak, and perhaps answer, and are no more; then all come again."""
+    """Some ranks write their entries and perhaps answer, and die; then all ranks start again."""
     where = f"died-{random.random()}"
 
     def half_a_start(rank: int) -> None:

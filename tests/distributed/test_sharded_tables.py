@@ -29,12 +29,12 @@ def _batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def _train_sharded(config: Tables) -> dict[str, torch.Tensor]:
-    """Each rank of W takes its share of the two halves; the full tables after some steps."""
+    """Train on this rank's share of the two halves; the full tables after some steps."""
     world = join_world(60)
     tables = ShardedTables(USERS, ITEMS, DIM, config, STREAMS, seed=3, world=world)
     for step in range(STEPS):
         mine = _batches(step)[world.rank :: world.size]
-        if world.size == 1:  # one lookup a step: distinct ids, rows weighted by their gradient
+        if world.size == 1:  # a step has one lookup, of distinct ids
             users, inverse_u = torch.cat([half[0] for half in mine]).unique(return_inverse=True)
             items, inverse_i = torch.cat([half[1] for half in mine]).unique(return_inverse=True)
             rows = tables.lookup(users, items)
@@ -220,7 +220,7 @@ def test_two_ranks_start_from_the_same_tables(sharding: str) -> None:
 
 
 def test_cpu_kernels_sum_bags_of_one_row(world: World) -> None:
-    """The same numbers as rows looked up one by one, whose backward is many times slower."""
+    """Looking rows up one by one gives the same numbers, but its backward is many times slower."""
     tables = ShardedTables(USERS, ITEMS, DIM, Tables(), STREAMS, seed=3, world=world)
     with torch.profiler.profile() as profile:
         tables.lookup(torch.arange(USERS), torch.arange(ITEMS)).sum().backward()

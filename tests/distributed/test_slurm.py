@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch, as a job of a real SLURM with two nodes."""
+"""launch/slurm.sbatch as a job of a real SLURM with two nodes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ def calm(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def submitted(slurm: Slurm, config: str, *words: str, **environment: str) -> Iterator[Job]:
-    """A rank on each of two nodes. ``words`` are more of sbatch's."""
+    """Submit a training with a rank on each of two nodes; ``words`` are more options of sbatch."""
     environment = {"OMP_NUM_THREADS": "1", "PET_NPROC_PER_NODE": "1", **environment}
     job = slurm.submit("--nodes=2", *words, _SCRIPT, "train", config, **environment)
     try:
@@ -69,14 +69,17 @@ def _asked_to_stop(slurm: Slurm, job: Job) -> None:
 
 
 def _more_urgent(slurm: Slurm, job: Job) -> None:
-    """SLURM sends SIGTERM and waits for GraceTime. Here it signals every process, so that a rank
-    gets a second one through the launcher: it may leave without a checkpoint of this step."""
+    """SLURM sends SIGTERM and waits for GraceTime.
+
+    Here it signals every process, so a rank gets a second SIGTERM through the launcher and may
+    leave without a checkpoint of this step.
+    """
     other = slurm.submit("--nodes=2", "--partition=urgent", "--wrap=true")
     assert other.ended()[0] == "COMPLETED"
 
 
 def _launcher_killed(slurm: Slurm, job: Job) -> None:
-    """The other node's launcher waits for this one, until SLURM_WAIT is over."""
+    """The launcher of the other node waits for this one until SLURM_WAIT is over."""
     (launcher,) = slurm.processes(1, "cnsdiff_dist.distributed.launcher")
     launcher.kill()
     job.until(lambda: "ended with 137: back into the queue" in job.log())
@@ -104,7 +107,7 @@ def test_the_job_is_requeued_and_goes_on(
 
 
 def test_out_of_time(slurm: Slurm, dataset: str, tmp_path: Path) -> None:
-    """SLURM looks every 30 s whether a job's end is so near that it is to be told."""
+    """SLURM looks only every 30 s whether a job is to be warned of its end."""
     config = written_config(dataset, tmp_path, "run", **_ENDLESS)
     with submitted(slurm, config, "--time=3") as job:
         job.until(lambda: job.seen()["Restarts"] == "1")

@@ -64,7 +64,7 @@ def test_what_a_gpu_offers_learns(dataset: str, tmp_path: Path, sections: Any) -
 
 
 def test_a_step_does_not_wait_for_the_gpu(dataset: str, tmp_path: Path) -> None:
-    """At a world of one: TorchRec's exchange of ids between ranks has to."""
+    """This holds at a world of one; TorchRec's exchange of ids between ranks has to wait."""
     config = small_config(dataset, tmp_path / "run", model=SAMPLED)
     manifest, world = load_manifest(dataset), join_world(60)
     trainer = Trainer(OpenRun(config, manifest, world))

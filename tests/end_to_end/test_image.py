@@ -1,4 +1,4 @@
-"""The container image, built and run without docker: launch/image.sh says what it checks."""
+"""The container image, built and checked by launch/image.sh without docker."""
 
 import os
 import shutil

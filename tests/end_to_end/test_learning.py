@@ -1,4 +1,4 @@
-"""What is learnt, at the demo's size. Slow: some minutes."""
+"""What a model of the demo's size learns; this takes some minutes."""
 
 import json
 from pathlib import Path

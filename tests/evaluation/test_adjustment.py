@@ -1,4 +1,4 @@
-"""The environment adjustment: one more dimension, fitted on validation, the same everywhere."""
+"""The adjustment for popularity: fitted on validation, and the same wherever it is applied."""
 
 import json
 from pathlib import Path

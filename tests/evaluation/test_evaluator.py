@@ -61,7 +61,7 @@ def test_two_ranks_evaluate_like_one(trained: Path) -> None:
 def test_validation_items_are_not_recommended_in_a_test(
     dataset: str, world: World, test: str
 ) -> None:
-    """A model that scores the validation items highest must find the test items all the same."""
+    """A model that scores the validation items highest still finds the test items."""
     manifest = load_manifest(dataset)
     graph = open_graph(dataset, manifest)
     score = torch.zeros(manifest.users, manifest.items)

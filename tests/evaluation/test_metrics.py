@@ -1,4 +1,4 @@
-"""Metrics against a brute-force statement of each, user by user."""
+"""Metrics against a brute-force computation of each, user by user."""
 
 import math
 

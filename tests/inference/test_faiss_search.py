@@ -1,4 +1,4 @@
-"""Lists through an index against the exact ones."""
+"""Top-K lists found by an index against the exact ones."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ USERS, ITEMS, DIM, K = 60, 5000, 16, 10
 
 
 def clustered(rows: int, seed: int) -> Tensor:
-    """Vectors around a hundred centres, as embeddings are and noise is not."""
+    """Vectors around a hundred centres, as those of embeddings are."""
     generator = torch.Generator().manual_seed(seed)
     centre = torch.randn(100, DIM, generator=torch.Generator().manual_seed(7))
     chosen = torch.randint(100, (rows,), generator=generator)
@@ -30,7 +30,7 @@ def clustered(rows: int, seed: int) -> Tensor:
 
 
 def masks() -> list[Interactions]:
-    """A user masks from nothing to all but three items, in two splits."""
+    """Users who mask from no item to all but three, in two splits."""
     rng = np.random.default_rng(0)
     known = [rng.permutation(ITEMS)[:count] for count in [0, 5, 40, 700, ITEMS - 3] * (USERS // 5)]
     users = np.repeat(np.arange(USERS), [len(items) for items in known])
@@ -42,7 +42,7 @@ def masks() -> list[Interactions]:
 
 
 def listed(found: tuple[Tensor, Tensor]) -> Any:
-    """Items, -1 where there is none."""
+    """The items of the lists; -1 where there is none."""
     return found[1].masked_fill(found[0] <= MASKED_SCORE, -1).numpy()
 
 
@@ -80,7 +80,7 @@ def test_some_of_the_lists_for_a_part_of_the_cells() -> None:
 
 
 def test_lists_are_full_whatever_is_masked() -> None:
-    """Users who know all that is near them, others who know nothing, and a long list."""
+    """For users who know all items near them, for users who know none, and for a long list."""
     item = clustered(ITEMS, 2)
     user = clustered(USERS, 1)
     near = (user @ item.t()).topk(600, dim=1).indices.numpy()
@@ -100,7 +100,7 @@ def test_lists_are_full_whatever_is_masked() -> None:
 
 @pytest.mark.parametrize(("every", "indexed"), [(2, True), (10, False)])
 def test_users_who_are_served_exactly_do_not_count(every: int, indexed: bool) -> None:
-    """An index is tuned on those who mask little, and not used where they are the fewer."""
+    """An index is tuned on users who mask little, and not used if these are a minority."""
     item, user, everyone = clustered(ITEMS, 2), clustered(200, 1), np.arange(200)
     counts = np.where(everyone % every, 200, 5)
     known = [np.random.default_rng(u).permutation(ITEMS)[:count] for u, count in enumerate(counts)]

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is opened."""
+"""Which checkpoint of a run `open_trained` loads."""
 
 import json
 import shutil

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cnsdiff_dist.distributed.world import join_world
-from cnsdiff_dist.models.exact_propagation import propagate_own
+from cnsdiff_dist.models import exact_propagation
 from cnsdiff_dist.models.lightgcn import full_block, propagate
 from tests.support.ranks import run_ranks
 from tests.support.small import small_config
@@ -14,15 +14,14 @@ from tests.support.trainers import new_trainer
 
 
 def _own(data: str, layers: int, piece: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    import cnsdiff_dist.models.exact_propagation as propagation
-
     config = small_config(data, "unused", model={"layers": layers, "fan_out": [2] * layers})
-    # Pieces, blocks of rows and of edges so small that each is cut in many places.
-    propagation.PIECE_BYTES, propagation.ROWS, propagation.EDGES = piece, 7, 50
+    # Pieces and blocks are so small that every table is cut in many places.
+    exact_propagation.PIECE_BYTES = piece
+    exact_propagation.ROWS, exact_propagation.EDGES = 7, 50
     trainer = new_trainer(config, join_world(60))
     tables, world = trainer.step.recommender.tables, trainer.world
     graph = trainer.loader._recommender._graph
-    own = propagate_own(tables, graph, layers, world)
+    own = exact_propagation.propagate_own(tables, graph, layers, world)
     rows = torch.cat(
         [gather(weight, world)[: tables.rows[name]] for name, weight in tables.weights().items()]
     )

@@ -1,4 +1,4 @@
-"""Each term against the formula written again, row by row, in plain Python."""
+"""Each loss term against its formula, written row by row in plain Python."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Bad input to `cnsdiff prepare`: one line with file, place and remedy; nothing left behind."""
+"""Bad input is refused in one line with file, place and remedy, and leaves nothing behind."""
 
 import gzip
 import time
@@ -19,7 +19,7 @@ RANDOM = ["--shift", "random"]
 
 @pytest.fixture
 def dead_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An endpoint where nobody listens; fsspec keeps clients, which must not outlive it."""
+    """An endpoint where nobody listens, and no client of fsspec that outlives the test."""
     s3fs.S3FileSystem.clear_instance_cache()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "joe")
@@ -29,7 +29,7 @@ def dead_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def refused(tmp_path: Path, *words: object) -> str:
-    """The one line of the UserError; OUT is not there afterwards."""
+    """Run `cnsdiff prepare`, which refuses and writes nothing; the line that it says."""
     with pytest.raises(UserError) as caught:
         prepare(tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from cnsdiff_dist.inference.listed_users import listed_users
 
 from cnsdiff_dist.cli import main
 from cnsdiff_dist.data.dataset import read_ids
 from cnsdiff_dist.data.schema import SPLITS
 from cnsdiff_dist.errors import UserError
+from cnsdiff_dist.inference.listed_users import listed_users
 from tests.support.lists import read_lists
 from tests.support.preparing import prepare, raw_pairs, skewed_log
 from tests.support.ranks import run_ranks
@@ -25,7 +25,7 @@ MINE = "newcomer"
 
 
 def shared_id(user: object) -> Any:
-    """As docs/data.md says it, in the type of the ids."""
+    """The id of a user's shared row, as docs/data.md defines it, in the type of the ids."""
     return type(user)(-1 - int(hashlib.md5(str(user).encode()).hexdigest(), 16) // 16**24 % N)
 
 
@@ -67,7 +67,7 @@ def test_rare_users_share_rows_and_nothing_else_changes(
 
 
 def test_popularity_is_that_of_the_rows_that_can_be_cut(tmp_path: Path) -> None:
-    """Half of the items are liked mostly by rare users: to the others they are rare, too."""
+    """Half of the items are liked mostly by rare users, so they are rare among the other rows."""
     rng, pairs = np.random.default_rng(0), set()
     for user in range(200):
         pairs |= {
@@ -145,9 +145,9 @@ def test_what_is_no_user_id_is_refused(tmp_path: Path, name: str) -> None:
     words = ["--log", tmp_path / "log.parquet", "--shift", "random", "--hashed-users", 1]
     manifest = prepare(tmp_path / "out", *words, "--hashed-below", 30)
     (tmp_path / "users.txt").write_text(f"\ufeff0\n{2**63 - 1}\r\n{name}\n")
-    model: Any = SimpleNamespace(data_url=str(tmp_path / "out"), manifest=manifest)
+    run: Any = SimpleNamespace(data_url=str(tmp_path / "out"), manifest=manifest)
     with pytest.raises(UserError, match=r"users\.txt line 3: .* is not a user of this dataset"):
-        listed_users(model.run, str(tmp_path / "users.txt"))
+        listed_users(run, str(tmp_path / "users.txt"))
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from tests.support.preparing import (
 
 
 def write_format(kind: str, folder: Path, table: pa.Table) -> tuple[Path, list[str]]:
-    """The user, item, rating columns of a table in a format; the options it needs."""
+    """Write the user, item and rating columns in a format; the file and the options it needs."""
     plain, rows = table.select(["user", "item", "rating"]), folder / "log"
     if kind == "parquet":
         pq.write_table(plain, rows.with_suffix(".parquet"))
@@ -62,7 +62,7 @@ def test_every_format_gives_the_same_dataset(kind: str, tmp_path: Path) -> None:
 
 
 def check_whole(out: Path, manifest: Manifest, rows_in: int) -> None:
-    """What holds for every dataset: nothing lost, splits disjoint, ids and graph consistent."""
+    """Check what holds for every dataset: no row lost, disjoint splits, ids that fit the graph."""
     pairs = {name: raw_pairs(out, manifest, name) for name in manifest.splits}
     assert sum(map(len, pairs.values())) + sum(manifest.dropped.values()) == rows_in
     everything = [pair for split in pairs.values() for pair in split]

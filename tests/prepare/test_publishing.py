@@ -92,7 +92,7 @@ def test_signals_clean_up(number: int, tmp_path: Path) -> None:
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Path:
-    """A file system of its own with room for next to nothing."""
+    """A file system with little room."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]

@@ -1,4 +1,4 @@
-"""The shifts move what they say they move."""
+"""Each shift changes what it says that it changes."""
 
 from pathlib import Path
 

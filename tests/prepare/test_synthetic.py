@@ -1,4 +1,4 @@
-"""The synthetic world: its logs follow its truth, and it can be learned."""
+"""The synthetic dataset: its logs follow the known truth, which can be learned."""
 
 from pathlib import Path
 

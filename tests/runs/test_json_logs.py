@@ -30,7 +30,7 @@ _FIELDS = ["time", "level", "rank", "run", "step", "restart", "message"]
 
 
 def _records(text: str) -> list[dict[str, Any]]:
-    """Every line parsed, and its fields looked at."""
+    """The records of JSON lines, after a check of their common fields."""
     found = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
     for record in found:
         assert list(record)[: len(_FIELDS)] == _FIELDS

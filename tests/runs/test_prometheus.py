@@ -139,7 +139,7 @@ def test_the_dashboard_shows_all_that_is_exported_and_nothing_else(watched: Watc
 def test_a_checkpoint_counts_once_it_is_committed(
     dataset: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not while its files are written behind the steps."""
+    """A checkpoint whose files are still being written behind the steps does not count."""
     written, go_on, write_json = threading.Event(), threading.Event(), storage.write_json
 
     def held_up(url: str, tree: Any) -> None:

@@ -174,7 +174,7 @@ def test_a_bug_is_not_explained_away() -> None:
 
 @pytest.fixture
 def flaky(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """memory:// whose `exists` always fails; what is slept goes into the list, and is not slept."""
+    """Make `exists` of memory:// fail always; the pauses that are asked for but not slept."""
     pauses: list[float] = []
     now = [0.0]
 

@@ -108,7 +108,7 @@ def test_a_vote_is_known_to_all_one_step_later() -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_peer_is_named(dataset: str, tmp_path: Path, how: signal.Signals) -> None:
-    """Also while torchrun, which sees a dead rank at once, sends the others SIGTERM."""
+    """Also while torchrun, which sees a dead rank at once, sends SIGTERM to the other ranks."""
     run, words = long_training(dataset, tmp_path)
     words += ["run.timeout_seconds=6", "run.retry_seconds=2"]
     with started(*torchrun_words("--monitor-interval", "0.1", *words)) as process:
