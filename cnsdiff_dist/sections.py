@@ -11,10 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
+    """One section of a config: unknown keys and values of another type are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Data(Section):
+    """What is trained on, and how it is streamed."""
+
     url: str = Field("", description="prepared dataset directory, any fsspec URL")
     streams: int = Field(8, ge=1, description="canonical streams; every world size must divide it")
     block_rows: int = Field(65_536, ge=1, description="rows of a stream that are shuffled together")
@@ -23,6 +27,8 @@ class Data(Section):
 
 
 class Run(Section):
+    """Where a run lies, and how patient it is."""
+
     dir: str = Field("", description="run directory, any fsspec URL; default runs/CONFIG-NAME")
     seed: int = Field(0, ge=0, lt=2**31)
     timeout_seconds: int = Field(600, ge=1, description="a collective that waits longer fails")
@@ -50,6 +56,8 @@ class Run(Section):
 
 
 class Model(Section):
+    """The encoder."""
+
     dim: int = Field(64, ge=4, multiple_of=4, description="embedding dimension D")
     layers: int = Field(2, ge=0, description="LightGCN layers L; 0 is matrix factorisation")
     propagation: Literal["auto", "full", "sampled"] = Field(
@@ -71,6 +79,8 @@ class Model(Section):
 
 
 class Tables(Section):
+    """The embedding tables, their optimizer and where their rows lie."""
+
     sharding: Literal["row_wise", "table_wise", "column_wise"] = "row_wise"
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam"] = Field(
         "rowwise_adagrad", description="fused into backward; the two Adams need a GPU"
@@ -114,6 +124,8 @@ class Negatives(Section):
 
 
 class Generator(Section):
+    """The diffusion model, of samplers that have one, and the engine of any network."""
+
     steps: int = Field(20, ge=2, description="T, the number of diffusion steps")
     schedule: Literal["cosine", "linear", "linear-var"] = "cosine"
     levels: tuple[int, ...] = Field((20,), description="noise levels of the candidates")
@@ -141,6 +153,8 @@ class Generator(Section):
 
 
 class Loss(Section):
+    """Weights of the terms beside the objective."""
+
     contrastive: float = Field(0.0, ge=0, description="w_cl")
     temperature: float = Field(2.0, gt=0, description="of the contrastive term")
     positive_noise: float = Field(0.1, ge=0, description="std of the noise on its positive")
@@ -150,6 +164,8 @@ class Loss(Section):
 
 
 class Train(Section):
+    """How long to train, and what selects the best checkpoint."""
+
     epochs: int = Field(30, ge=1)
     max_steps: int = Field(0, ge=0, description="end after so many steps; 0: when epochs end")
     batch: int = Field(2048, ge=1, description="rows of a global step, over all ranks")
@@ -173,6 +189,8 @@ class Train(Section):
 
 
 class Checkpoint(Section):
+    """When to save, and what to keep."""
+
     every_steps: int = Field(0, ge=0, description="0: only when the model is evaluated")
     background: bool = Field(
         True, description="write behind the next steps, from a copy on the host of what is saved"
@@ -181,6 +199,8 @@ class Checkpoint(Section):
 
 
 class Evaluation(Section):
+    """How a split is ranked."""
+
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (10, 20), min_length=1, description="lengths of the lists that are evaluated"
     )

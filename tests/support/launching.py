@@ -1,15 +1,15 @@
 """Trainings under launch/torchrun.sh or another script of launch/, on this machine."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.support.processes import kill_tree
 from tests.support.runs import committed_steps
 from tests.support.saved_state import distance, read_checkpoint
 from tests.support.small import write_config
@@ -49,8 +49,7 @@ def launched(
         yield process
     finally:
         if process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_tree(process.pid)
         process.communicate()
 
 

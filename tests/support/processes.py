@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,22 @@ def started(*words: str) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_tree(process.pid)
         process.communicate()
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and all that it started.
+
+    A rank has a session of its own, and does not end with its agent while Python still starts: it
+    would keep the pipes of the test open for ever.
+    """
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        parent.suspend()  # it starts nothing more
+        for process in [*parent.children(recursive=True), parent]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def torchrun_words(*words: str) -> list[str]:
