@@ -1,6 +1,7 @@
-"""``commit.json``, which makes a directory of files a committed checkpoint.
+"""``commit.json``, which makes a directory of files a committed checkpoint: what it says.
 
-Nothing here imports torch, which takes seconds: `cnsdiff status` reads commits without it.
+``checkpoint/manager.py`` writes it, after all other files. Nothing here imports torch, which takes
+seconds: `cnsdiff status` reads commits without it.
 """
 
 import hashlib

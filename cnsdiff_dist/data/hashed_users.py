@@ -10,7 +10,8 @@ def hashed_row(raw: str, manifest: Manifest) -> int:
 
     The last N = ``manifest.hashed_users`` rows are shared; their raw ids are -1, -2, .., -N in
     this order. With h the first 8 hexadecimal digits of the MD5 of the raw id's text, modulo N,
-    the user has the row of raw id -1 - h. Any SQL engine can compute the same.
+    the user has the row of raw id -1 - h. ``prepare/hashed_users.py`` computes the same in SQL: a
+    change here is a change there, and datasets that were prepared before no longer fit.
     """
     digest = hashlib.md5(raw.encode(), usedforsecurity=False).hexdigest()
     shared = manifest.hashed_users

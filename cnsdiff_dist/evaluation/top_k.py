@@ -2,7 +2,7 @@
 
 Ranking goes in rounds. In a round every rank contributes up to ``chunk`` of its own users, every
 rank searches its own items for the users of all ranks, and the ranks' lists are merged. So no
-rank holds the whole catalogue. A rank owns the rows that :meth:`World.own` gives it.
+rank holds the whole catalogue. A rank owns the rows that :meth:`World.own_rows` gives it.
 
 Shapes: A users of all ranks in one round, B this rank's users in a round, R items that this rank
 owns, C columns of a score matrix handled at a time, D embedding dimension, K list length.

@@ -31,8 +31,8 @@ class TrainedModel:
         run: the run that it was trained in.
         step: of the checkpoint.
         alpha: the adjustment for popularity under which validation selected the checkpoint.
-        user_RD, item_RD: the rows that this rank owns (:meth:`World.own`); the dot product of a
-            user's and an item's is their score.
+        user_RD, item_RD: the rows that this rank owns (:meth:`World.own_rows`); the dot product of
+            a user's and an item's is their score.
     """
 
     run: OpenRun

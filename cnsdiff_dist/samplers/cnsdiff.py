@@ -110,9 +110,9 @@ class CNSDiffSampler(LatentDiffusionSampler[CNSDiffSettings]):
     def _pool(self, made_GSD: Tensor, encoded: EncodedBatch) -> Pool:
         """The group's positives and what was generated from some of them, [G, W + S, D].
 
-        A generated vector stands for as many rows as there are for each row that was generated
-        from: the log of that number is its offset. A row leaves out a vector that its user likes
-        as much as the positive, or nearly: it may well be a positive that was not seen.
+        Only some of the W rows generated vectors, so each vector counts for W / some of them: the
+        log of that number is its logit offset. A row leaves out a vector that its user likes as
+        much as the positive, or nearly: it may well be a positive that was not seen.
         """
         weight_GW, levels = encoded.by_group(encoded.weight_B), len(self._generator.levels)
         width, learned = weight_GW.shape[1], made_GSD.shape[1] // levels

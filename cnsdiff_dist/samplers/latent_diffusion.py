@@ -110,7 +110,10 @@ class LatentDiffusionSampler(Sampler[SettingsT]):
     def _sample(
         self, z0_BD: Tensor, user_BD: Tensor, environment_B: Tensor, noise_BD: Tensor
     ) -> Tensor:
-        """A vector at every noise level from one reverse chain per row, [L, B, D]."""
+        """A vector at every noise level from one reverse chain per row, [L, B, D].
+
+        The chain starts from the noised positive, at the noisiest level.
+        """
         levels = self._generator.levels
         t_B = torch.full((len(z0_BD),), levels[-1] - 1, device=z0_BD.device)
         zt_BD = q_sample(z0_BD, t_B, noise_BD, self._schedule)

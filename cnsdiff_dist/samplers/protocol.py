@@ -163,8 +163,8 @@ class Sampler(ABC, Generic[SettingsT]):
         self.settings, self.graph = settings, around.graph
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(around.seed)
+            # The training step puts the dense engine, which trains it, in its place.
             self.network = self.make_network(around.generator, around.dim, around.environments)
-        """What the dense engine trains; the training step puts the engine in its place."""
 
     @classmethod
     def make_network(

@@ -180,7 +180,9 @@ class Trainer:
             state = self.step.state()
             refuse_non_finite(state, self.world, step)
             if evaluation:
-                self.checkpoints.wait()  # there may be no room for its copy and the evaluation
+                # A checkpoint in the background holds a copy of the state: there may be no memory
+                # for that and the evaluation.
+                self.checkpoints.wait()
                 self._evaluate(epoch, reporter)
             self._save(state, reporter)
         self._meter.go_on()

@@ -1,6 +1,7 @@
 """SIGTERM as the notice that the platform will soon take its node back.
 
-The first SIGTERM asks all ranks to stop at the same step boundary and checkpoint there. A second
+The first SIGTERM asks all ranks to stop at the same step boundary and checkpoint there: they
+agree on it by :class:`cnsdiff_dist.distributed.world.Vote`, in ``training/loop.py``. A second
 one more than a second later, or the end of the grace, ends the process at once. Committed
 checkpoints are safe in any case.
 """

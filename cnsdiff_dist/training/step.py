@@ -35,7 +35,7 @@ class TrainStep:
         self.sampler = make_sampler(config, graph, environments, world)
         rows = config.train.batch // world.size
         self.dense = DenseEngine(self.sampler.network, config.generator, rows)
-        self.sampler.network = self.dense.network
+        self.sampler.network = self.dense.network  # ZeRO wants the module called through it
         self._objective = make_objective(config.objective)
         self.gate = FiniteGate(world)
 
@@ -59,7 +59,8 @@ class TrainStep:
         share_B = encoded.weight_B / inputs.batch.valid_rows
         loss = torch.stack(list(terms.values())).sum(0) @ share_B
         self.gate.loss = loss.detach()
-        # Gradients are averaged over ranks; the mean over the global batch is a sum over them.
+        # The engine averages gradients over ranks, but this rank's loss is a part of a sum. Within
+        # backward the gate looks at the gradient, and FBGEMM updates the tables.
         self.dense.backward(loss * self._world.size)
         if self.gate.bad_ranks:
             self.dense.discard_gradients()
@@ -97,9 +98,9 @@ class TrainStep:
             weight_B=inputs.weight_B,
             groups=len(inputs.batch.streams),
         )
-        user_B, positive_B, candidate_B = half_square_B.split(sizes)
-        candidate_BM = candidate_B.view(rows, per_row)
-        return encoded, user_B + positive_B + candidate_BM.sum(1) / max(per_row, 1)
+        user_l2_B, positive_l2_B, candidate_l2 = half_square_B.split(sizes)
+        candidate_l2_B = candidate_l2.view(rows, per_row).sum(1) / max(per_row, 1)
+        return encoded, user_l2_B + positive_l2_B + candidate_l2_B
 
     def _rank(self, encoded: EncodedBatch, negatives: Negatives) -> tuple[Tensor, Tensor]:
         """The objective [B], and the share of a row's negatives that outscore its positive."""

@@ -115,6 +115,7 @@ class Victim:
         self._clean, self.folder = clean, folder
         self._config, self._world = small_config(dataset, folder, **QUICK), world
         self._manifest = load_manifest(dataset)
+        self._refusing: Trainer | None = None
         self.restore()
         self.best = self.open()
         self.resumed = self.resume()
@@ -132,8 +133,20 @@ class Victim:
         found = outcome(lambda: open_trained(str(self.folder), None))
         return found if found == REFUSED else found.user_RD.tolist()
 
+    def refuses(self) -> bool:
+        """Return whether a training refuses to go on, asking the same trainer again and again.
+
+        A trainer takes much longer to make than to refuse. One that has loaded something may show
+        it later, so what ``resume`` returns is of a new one.
+        """
+        self._refusing = self._refusing or self._new_trainer()
+        return bool(outcome(self._refusing.resume) == REFUSED)
+
+    def _new_trainer(self) -> Trainer:
+        return Trainer(OpenRun(self._config, self._manifest, self._world))
+
     def resume(self) -> Any:
-        trainer = Trainer(OpenRun(self._config, self._manifest, self._world))
+        trainer = self._new_trainer()
         if outcome(trainer.resume) == REFUSED:
             return REFUSED
         _check_progress(trainer.progress)
