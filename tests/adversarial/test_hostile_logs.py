@@ -112,8 +112,10 @@ def test_compressed_logs_are_refused_or_prepared(tmp_path: Path, name: str) -> N
 def test_a_log_that_is_one_endless_line_is_refused_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """512 MiB from 2 MB: a reader that looks for the line's end would take any amount. Arrow reads up
-    to 32 blocks of 4 MiB ahead, how many depends on how busy the machine is."""
+    """512 MiB from 2 MB: a reader that looks for the line's end would take any amount.
+
+    Arrow reads up to 32 blocks of 4 MiB ahead; how many depends on how busy the machine is.
+    """
     seen: list[int] = []
     original = log_formats.storage.open_read
 
